@@ -1,0 +1,133 @@
+"""What a store holds, over all its streams: their heads, the index, the table of episodes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from replaystore.episodes import episode_schema, integers, open_part
+from replaystore.errors import CorruptionError, StoreGone
+from replaystore.files import list_directory
+from replaystore.head import HEAD, Head, decode_head, read_head
+from replaystore.index import EpisodeIndex
+from replaystore.reader import stream_path
+from replaystore.schema import Schema
+from replaystore.writer import StreamWriter
+
+
+class Catalog:
+    """The streams of a store as of one commit of each, and what a writer here has added since."""
+
+    def __init__(self, root: Path, schema: Schema) -> None:
+        self.index = EpisodeIndex()
+        self.heads: dict[int, Head] = {}
+        self.snapshot: dict[int, bytes] = {}
+        self.writer: StreamWriter | None = None
+        self._root = root
+        self._schema = schema
+        self._table = episode_schema(schema)
+        self._parts: dict[int, list[pa.Table]] = {}
+        self._indexed: dict[int, tuple[int, int]] = {}  # by stream: parts, and episodes since
+
+    def read_heads(self) -> dict[int, bytes]:
+        """The newest head of every stream; a stream without a first commit is none yet."""
+        try:
+            names = list_directory(self._root / "streams")
+        except FileNotFoundError as error:
+            raise StoreGone(f"{self._root}: the store is no longer there") from error
+        streams = [int(name) for name in names if len(name) == 6 and name.isascii() and name.isdigit()]
+        heads = {}
+        for stream in streams:
+            path = stream_path(self._root, stream)
+            try:
+                heads[stream] = read_head(path)
+            except CorruptionError:
+                if stream in self.heads or (path / HEAD).exists():
+                    raise
+        return heads
+
+    def load(self, data: Mapping[int, bytes]) -> dict[int, Head]:
+        """Take over heads, index their episodes; returns those that changed."""
+        changed = {
+            stream: decode_head(raw, self._schema, stream_path(self._root, stream) / HEAD)
+            for stream, raw in data.items()
+            if self.snapshot.get(stream) != raw and not self._owns(stream)
+        }
+        for stream, head in changed.items():
+            self._index_head(stream, head)
+        self.heads |= changed
+        self.snapshot |= {stream: data[stream] for stream in changed}
+        self._index_open()
+        return changed
+
+    def catch_up(self) -> dict[int, Head]:
+        """Index what the writer appended since the last call; returns its head if it changed.
+
+        The caller holds the writer's lock.
+        """
+        writer = self.writer
+        assert writer is not None
+        changed = {}
+        if writer.head is not self.heads[writer.number]:
+            changed = {writer.number: writer.head}
+            self.heads |= changed
+            self._open_parts(writer.number, writer.head)
+        self.index.append(writer.number, *writer.take_ended())
+        self._index_open()
+        return changed
+
+    def episodes(self) -> pa.Table:
+        """All episodes; those that are open behind the others of their stream."""
+        tables = [self._stream_episodes(stream) for stream in sorted(self.heads)]
+        return pa.concat_tables([_with_stream(self._table.empty_table(), 0), *tables])
+
+    def _owns(self, stream: int) -> bool:
+        return self.writer is not None and self.writer.number == stream
+
+    def _index_head(self, stream: int, head: Head) -> None:
+        parts = self._open_parts(stream, head)
+        done_parts, done_episodes = self._indexed.get(stream, (0, 0))
+        for number in range(done_parts, len(parts)):
+            skip = done_episodes if number == done_parts else 0
+            self.index.append(stream, *_places(parts[number].slice(skip)))
+        skip = done_episodes if done_parts == len(parts) else 0
+        self.index.append(stream, *_places(head.episodes.slice(skip)))
+        self._indexed[stream] = len(parts), len(head.episodes)
+
+    def _open_parts(self, stream: int, head: Head) -> list[pa.Table]:
+        parts = self._parts.setdefault(stream, [])
+        path = stream_path(self._root, stream)
+        parts.extend(open_part(path, state, self._table) for state in head.parts[len(parts) :])
+        return parts
+
+    def _index_open(self) -> None:
+        others = [stream for stream in self.heads if not self._owns(stream)]
+        episodes = [(stream, *_open_places(self.heads[stream])) for stream in others]
+        if self.writer is not None:
+            episodes.append((self.writer.number, *self.writer.open_episodes()))
+        self.index.set_open(episodes)
+
+    def _stream_episodes(self, stream: int) -> pa.Table:
+        head = self.heads[stream]
+        if self.writer is not None and self._owns(stream):
+            newest = self.writer.uncommitted()
+        else:
+            newest = head.open.filter(pa.array(integers(head.open, "length") > 0))
+        return _with_stream(pa.concat_tables([*self._parts[stream], head.episodes, newest]), stream)
+
+
+def _places(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    env, first, length = (integers(table, name) for name in ("env", "first_row", "length"))
+    return env, first, length
+
+
+def _open_places(head: Head) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    env, first, length = _places(head.open)
+    some = length > 0
+    return env[some], first[some], length[some]
+
+
+def _with_stream(table: pa.Table, stream: int) -> pa.Table:
+    column = pa.array(np.full(len(table), stream), pa.int32())
+    return table.add_column(0, pa.field("stream", pa.int32(), nullable=False), column)

@@ -1,0 +1,162 @@
+"""The index: the table of episodes.
+
+On disk the index is Arrow, one row per episode: sealed parts `index/000000.arrow`, and in the head
+the episodes since.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from replaystore.codec import crc32c
+from replaystore.errors import CorruptionError, SchemaError, UsageError
+from replaystore.files import FileState, map_whole, write_atomic
+from replaystore.schema import Schema
+
+PART_EPISODES = 4096  # unsealed episodes, which every commit writes again, before a part is sealed
+
+_ARROW = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
+
+
+class Episode(NamedTuple):
+    """One episode of a stream; `columns` are the user's, in the order of the schema."""
+
+    env: int
+    first_row: int
+    length: int
+    terminated: bool
+    truncated: bool
+    episode_return: float | None
+    seed: int | None
+    start_time: int  # microseconds since 1970
+    policy: str | None
+    columns: tuple[Any, ...]
+
+
+def episode_schema(schema: Schema) -> pa.Schema:
+    """The Arrow schema of the index."""
+    fixed = [
+        pa.field("env", pa.int32(), nullable=False),
+        pa.field("first_row", pa.int64(), nullable=False),
+        pa.field("length", pa.int64(), nullable=False),
+        pa.field("terminated", pa.bool_(), nullable=False),
+        pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("return", pa.float64()),
+        pa.field("seed", pa.int64()),
+        pa.field("start_time", pa.timestamp("us", "UTC"), nullable=False),
+        pa.field("policy", pa.string()),
+    ]
+    return pa.schema([*fixed, *[pa.field(n, _ARROW[dtype]) for n, dtype in schema.columns.items()]])
+
+
+def episode_table(episodes: Sequence[Episode], schema: pa.Schema) -> pa.Table:
+    rows = [episode[:-1] + episode.columns for episode in episodes]
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(schema)
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def episodes_of(table: pa.Table) -> list[Episode]:
+    """The rows of a table; the inverse of `episode_table`."""
+    numbers = table.set_column(7, "start_time", table.column("start_time").cast(pa.int64()))
+    columns = [column.to_pylist() for column in numbers.columns]
+    return [Episode._make([*row[:9], tuple(row[9:])]) for row in zip(*columns, strict=True)]
+
+
+def integers(table: pa.Table, name: str) -> np.ndarray:
+    """A column without nulls as int64."""
+    return np.asarray(table.column(name).to_numpy(), np.int64)
+
+
+def part_path(stream: Path, number: int) -> Path:
+    return stream / "index" / f"{number:06d}.arrow"
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """A table as the bytes of an Arrow IPC file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def decode_table(data: Any, schema: pa.Schema, path: Path) -> pa.Table:
+    """Read an Arrow IPC file of exactly this schema, without copying; its bytes were checked."""
+    try:
+        table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
+        if not table.schema.remove_metadata().equals(schema):
+            raise CorruptionError(f"{path}: expected the columns {schema}, found {table.schema}")
+        table.validate(full=True)
+    except pa.ArrowException as error:
+        raise CorruptionError(f"{path}: no valid Arrow file: {error}") from error
+    nulls = [f.name for f in schema if not f.nullable and table.column(f.name).null_count]
+    if nulls:
+        raise CorruptionError(f"{path}: nulls in {nulls}")
+    return table.replace_schema_metadata(None)
+
+
+def write_part(stream: Path, number: int, table: pa.Table) -> FileState:
+    data = encode_table(table)
+    write_atomic(part_path(stream, number), data)
+    return FileState(number, len(data), crc32c(data))
+
+
+def open_part(stream: Path, state: FileState, schema: pa.Schema) -> pa.Table:
+    """Map a sealed part and check it."""
+    path = part_path(stream, state.number)
+    data = map_whole(path)
+    if len(data) != state.nbytes or crc32c(data) != state.crc32c:
+        expected = f"{state.nbytes} bytes of checksum {state.crc32c:08x}"
+        raise CorruptionError(f"{path}: expected {expected}, found {len(data)} bytes or another checksum")
+    return decode_table(data, schema, path)
+
+
+class OpenEpisode:
+    """An episode that is being recorded."""
+
+    __slots__ = ("columns", "first_row", "policy", "reward", "seed", "start_time")
+
+    def __init__(
+        self, first_row: int, seed: int | None, start_time: int, policy: str | None, columns: tuple[Any, ...]
+    ) -> None:
+        self.first_row = first_row
+        self.seed = seed
+        self.start_time = start_time
+        self.policy = policy
+        self.columns = columns
+        self.reward = 0.0
+
+
+def check_seed(seed: Any) -> int | None:
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+        raise UsageError(f"seed: expected None or an int from 0 to 2^63 - 1, got {seed!r}")
+    return int(seed)
+
+
+def check_seeds(seed: Any, num_envs: int) -> list[int | None]:
+    """One seed per environment; a single one counts up, as gymnasium's vector envs do."""
+    if seed is None or isinstance(seed, (int, np.integer)):
+        first = check_seed(seed)
+        return [None if first is None else first + i for i in range(num_envs)]
+    if len(seed) != num_envs:
+        raise UsageError(f"seed: expected {num_envs} seeds, got {len(seed)}")
+    return [check_seed(each) for each in seed]
+
+
+_COLUMN_KINDS = {"bool": (bool, np.bool_), "int64": (int, np.integer), "float64": (int, float, np.number)}
+
+
+def column_value(name: str, dtype: str, value: Any, env: int) -> Any:
+    if isinstance(value, (list, tuple, np.ndarray)):
+        value = value[env]
+    if value is None:
+        return None
+    kinds = _COLUMN_KINDS.get(dtype, (str,))
+    if not isinstance(value, kinds) or (dtype != "bool" and isinstance(value, (bool, np.bool_))):
+        raise SchemaError(f"episode column {name!r}: expected {dtype}, got {value!r}")
+    return value.item() if isinstance(value, np.generic) else value

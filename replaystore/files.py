@@ -1,0 +1,322 @@
+"""Every call to the operating system: write, sync, rename, lock, map, prefetch.
+
+Only this module opens, syncs, renames or unlinks. A file that must be there after a power cut is
+written, synced, renamed into place, and its directory synced; the head, which names it, comes
+after. Tests put a file system of their own in the place of `os` here.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import itertools
+import mmap
+import os
+import stat
+import weakref
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from replaystore.errors import CorruptionError, LimitError, LockUnsupported
+
+PAGE = mmap.ALLOCATIONGRANULARITY
+PARTIAL = ".partial"
+
+_MAP_FIXED = 0x10  # the same on Linux and macOS; the mmap module does not name it
+_FAILED = ctypes.c_void_p(-1).value
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_counter = itertools.count()
+
+
+class FileState(NamedTuple):
+    """What a commit says of one chunk or shard file: its number, and its committed bytes."""
+
+    number: int
+    nbytes: int
+    crc32c: int
+
+
+def chunk_path(array: Path, number: int, ndim: int) -> Path:
+    """The file of an array's chunk or shard `number` in time, as zarr's default keys name it."""
+    return array.joinpath("c", str(number), *["0"] * (ndim - 1))
+
+
+def make_parents(path: Path, root: Path) -> None:
+    """Make the directories between `root`, which exists, and a file."""
+    if path.parent != root and not path.parent.is_dir():
+        make_parents(path.parent, root)
+        make_directory(path.parent, exist_ok=True)
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a whole regular file of at most `limit` bytes; links, devices and pipes are refused."""
+    descriptor = _open_regular(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size > limit:
+            raise LimitError(f"{path}: expected at most {limit} bytes, found {size}")
+        return read_at(descriptor, size, 0)
+    finally:
+        os.close(descriptor)
+
+
+def read_at(descriptor: int, nbytes: int, offset: int) -> bytes:
+    """Read `nbytes`, or fewer where the file ends."""
+    parts: list[bytes] = []
+    while nbytes > 0 and (part := os.pread(descriptor, nbytes, offset)):
+        parts.append(part)
+        offset += len(part)
+        nbytes -= len(part)
+    return b"".join(parts)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file: after a crash it holds the old bytes or the new, never a mixture."""
+    partial = _write_partial(path, data)
+    try:
+        os.replace(partial, path)
+    except OSError:
+        os.unlink(partial)
+        raise
+    sync_directory(path.parent)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Like `write_atomic`, but raises `FileExistsError` if somebody else's file is there."""
+    partial = _write_partial(path, data)
+    try:
+        os.link(partial, path)
+    finally:
+        os.unlink(partial)
+    sync_directory(path.parent)
+
+
+def _write_partial(path: Path, data: bytes) -> Path:
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{next(_counter)}{PARTIAL}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    try:
+        try:
+            write_at(descriptor, data, 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    return partial
+
+
+def make_directory(path: Path, *, exist_ok: bool = False) -> None:
+    """Make a directory whose name survives a power cut."""
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not exist_ok:
+            raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Unlink a file that may be gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a regular file; `CorruptionError` if it is missing or something else."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError as error:
+        raise CorruptionError(f"{path}: the file is missing") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise CorruptionError(f"{path}: expected a regular file")
+    return found.st_size
+
+
+def list_directory(path: Path) -> list[str]:
+    return sorted(os.listdir(path))
+
+
+def disk_usage(path: Path) -> int:
+    """Bytes of the disk blocks of every file below a directory, as `du` counts them."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in [".", *names]:
+            with contextlib.suppress(FileNotFoundError):  # replaced meanwhile by a writer
+                total += os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return total
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data`, however little each call takes."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+class GrowingFile:
+    """A file that one writer appends to; nothing below a committed length is written again."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._descriptor = descriptor
+
+    @classmethod
+    def create(cls, path: Path, *, nbytes: int | None = None) -> "GrowingFile":
+        """Open, or create so that its name is durable; `nbytes` is its length, without disk blocks."""
+        file = cls(path, _open_regular(path, os.O_RDWR | os.O_CREAT))
+        try:
+            if nbytes is not None:
+                file.truncate(nbytes)
+            sync_directory(path.parent)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def read(self, nbytes: int, offset: int) -> bytes:
+        return read_at(self._descriptor, nbytes, offset)
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        write_at(self._descriptor, data, offset)
+
+    def truncate(self, nbytes: int) -> None:
+        if os.fstat(self._descriptor).st_size != nbytes:
+            os.ftruncate(self._descriptor, nbytes)
+
+    def sync(self) -> None:
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    """Open without following a link, waiting for a pipe, or waking a device."""
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except FileNotFoundError as error:
+        raise CorruptionError(f"{path}: the file is missing") from error
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise CorruptionError(f"{path}: expected a regular file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CorruptionError(f"{path}: expected a regular file")
+    return descriptor
+
+
+class AddressRange:
+    """Reserved addresses into which files are mapped, read-only, one behind the other.
+
+    `np.asarray(range)` is its bytes; the addresses stay valid as long as the range or such an
+    array lives. Reading where nothing was placed ends the process, so callers check first.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = -(-nbytes // PAGE) * PAGE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        self.address = _map(None, self.nbytes, 0, flags, -1)
+        finalizer = weakref.finalize(self, _libc.munmap, self.address, self.nbytes)
+        finalizer.atexit = False  # a thread may still read while the interpreter shuts down
+
+    def place(self, path: Path, *, offset: int, nbytes: int, exact: bool = False) -> None:
+        """Map the first `nbytes` of a file; raises `CorruptionError` if it has fewer."""
+        assert offset % PAGE == 0, offset
+        assert offset + nbytes <= self.nbytes, (offset, nbytes, self.nbytes)
+        descriptor = _open_regular(path, os.O_RDONLY)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size < nbytes or (exact and size != nbytes):
+                raise CorruptionError(f"{path}: expected {nbytes} bytes, found {size}")
+            where = self.address + offset
+            _map(where, nbytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
+        finally:
+            os.close(descriptor)
+        _libc.madvise(where, nbytes, mmap.MADV_RANDOM)
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"data": (self.address, True), "shape": (self.nbytes,), "typestr": "|u1", "version": 3}
+
+
+def map_whole(path: Path) -> np.ndarray:
+    """Map a whole file, read-only, as bytes."""
+    nbytes = size_of(path)
+    if nbytes == 0:
+        return np.empty(0, np.uint8)
+    range_ = AddressRange(nbytes)
+    range_.place(path, offset=0, nbytes=nbytes)
+    return np.asarray(range_)[:nbytes]
+
+
+def prefetch(address: int, nbytes: int) -> None:
+    """Ask the kernel to read mapped bytes from disk soon."""
+    start = address & ~(PAGE - 1)
+    _libc.madvise(start, address + nbytes - start, mmap.MADV_WILLNEED)
+
+
+def _map(address: int | None, nbytes: int, protection: int, flags: int, descriptor: int) -> int:
+    mapped = _libc.mmap(address, nbytes, protection, flags, descriptor, 0)
+    if mapped == _FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mmap of {nbytes} bytes: {os.strerror(code)}")
+    return int(mapped)
+
+
+class Lock:
+    """An exclusive lock on a file that dies with the process that took it.
+
+    The kernel's lock decides, never the file's content. A forked child gives its copy up, so that
+    the lock ends with its owner even if children live on.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        _locks.add(self)
+
+    @classmethod
+    def acquire(cls, path: Path) -> "Lock | None":
+        """Take the lock, or return None at once if another process has it."""
+        descriptor = _open_regular(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            os.close(descriptor)
+            raise LockUnsupported(error.errno, f"{path}: cannot lock: {error.strerror}") from error
+        return cls(descriptor)
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+_locks: "weakref.WeakSet[Lock]" = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    for lock in list(_locks):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_release_in_child)

@@ -1,0 +1,113 @@
+"""A flat array: rows appended to raw chunk files, read through one contiguous map.
+
+    c/0/0   rows 0 to H-1 of every environment: (time, env, *shape), little-endian, uncompressed
+    c/1/0   rows H to 2H-1; and so on
+
+Each file has its whole length from the start, without using disk blocks, so that zarr can read it
+at any time; what lies above the committed rows is zeros or nothing at all. Columns advance on
+their own, so the rows above the shortest column (`floor`) and below the longest (`top`) are
+written again as they fill: bytes of existing rows stay as they are. The checksum of a file is the
+crc32c of its bytes below `top`, with zeros where no row exists.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from replaystore.codec import crc32c
+from replaystore.field import Field
+from replaystore.files import AddressRange, FileState, GrowingFile, chunk_path, make_parents
+
+
+class FlatState(NamedTuple):
+    """How far a flat array is written; `crc32c` is of its last file's bytes below `floor`."""
+
+    floor: int
+    top: int
+    crc32c: int
+
+
+class FlatWriter:
+    """Appends rows to one flat array of a stream."""
+
+    def __init__(self, path: Path, field: Field, *, num_envs: int, time_chunk: int) -> None:
+        self.field = field
+        self.state = FlatState(0, 0, 0)
+        self._path = path
+        self._ndim = 2 + len(field.shape)
+        self._time_chunk = time_chunk
+        self._shape = (num_envs, *field.shape)
+        self._stride = num_envs * field.row_nbytes
+        self._files: dict[int, GrowingFile] = {}
+
+    def resume(self, floor: int, top: int) -> None:
+        """Take up the array of an earlier writer where its last commit left it."""
+        number = floor // self._time_chunk
+        nbytes = (floor - number * self._time_chunk) * self._stride
+        data = self._open(number).read(nbytes, 0) if nbytes else b""
+        self.state = FlatState(floor, top, crc32c(data))
+
+    def cells(self, top: int) -> np.ndarray:
+        """An array for the rows from the state's floor to `top`, holding those already written."""
+        floor, old_top, _ = self.state
+        cells = np.zeros((max(top, old_top) - floor, *self._shape), self.field.dtype)
+        for number, low, high in self._pieces(floor, old_top):
+            offset = (low - number * self._time_chunk) * self._stride
+            data = self._open(number).read((high - low) * self._stride, offset)
+            cells[low - floor : high - floor] = np.frombuffer(data, cells.dtype).reshape(-1, *self._shape)
+        return cells
+
+    def write(self, cells: np.ndarray, floor: int) -> tuple[FlatState, list[FileState]]:
+        """Write and sync what `cells` gave and the caller filled; the new state is not yet taken."""
+        first, _, prefix = self.state
+        top = first + len(cells)
+        crc, files = 0, []
+        for number, low, high in self._pieces(first, top):
+            start = number * self._time_chunk
+            data = cells[low - first : high - first].reshape(high - low, -1).view(np.uint8)
+            file = self._open(number)
+            file.write(data.reshape(-1).data, (low - start) * self._stride)
+            file.sync()
+            complete = min(max(floor, low), high) - low
+            below = crc32c(data[:complete], prefix if start <= first else 0)
+            files.append(FileState(number, (high - start) * self._stride, crc32c(data[complete:], below)))
+            if number == floor // self._time_chunk:
+                crc = below
+        return FlatState(floor, top, crc), files
+
+    def close(self) -> None:
+        """Close the files; a later write opens them again."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def _pieces(self, low: int, high: int) -> list[tuple[int, int, int]]:
+        """Split rows of time into (file number, low, high)."""
+        size = self._time_chunk
+        numbers = range(low // size, -(-high // size))
+        return [(n, max(low, n * size), min(high, (n + 1) * size)) for n in numbers if low < high]
+
+    def _open(self, number: int) -> GrowingFile:
+        if number not in self._files:
+            for old in [old for old in self._files if old < number - 1]:
+                self._files.pop(old).close()
+            path = chunk_path(self._path, number, self._ndim)
+            make_parents(path, self._path)
+            self._files[number] = GrowingFile.create(path, nbytes=self._time_chunk * self._stride)
+        return self._files[number]
+
+
+class FlatColumn:
+    """One flat field of all streams as one array `(rows, *shape)`, however many files it has."""
+
+    def __init__(self, field: Field, rows: int) -> None:
+        self._field = field
+        self._range = AddressRange(rows * field.row_nbytes)
+        data = np.asarray(self._range)[: rows * field.row_nbytes]
+        self.rows = data.view(field.dtype).reshape(rows, *field.shape)
+
+    def place(self, array: Path, number: int, *, row: int, rows: int) -> None:
+        """Map a file of `rows` rows so that its first is row `row` of the column."""
+        nbytes = self._field.row_nbytes
+        path = chunk_path(array, number, 2 + len(self._field.shape))
+        self._range.place(path, offset=row * nbytes, nbytes=rows * nbytes, exact=True)

@@ -1,0 +1,178 @@
+"""One commit of a stream: write, load, check.
+
+`head.arrow` is an Arrow IPC file of one row, replaced atomically; it names all that exists:
+
+    commit      its number, from 1
+    rows        rows written per environment, an open episode's last observation included
+    files       every chunk and shard file: field, number, committed bytes, crc32c
+    parts       the sealed parts of the index: number, bytes, crc32c
+    episodes    the closed episodes since the last sealed part
+    open        the open episodes
+
+The file's own crc32c stands in the Arrow schema's metadata, "replaystore-crc32c:" and 8 hex
+digits, which is there twice (Arrow repeats the schema in its footer); it is computed with zeros
+for those digits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from replaystore.codec import crc32c
+from replaystore.episodes import decode_table, encode_table, episode_schema, integers
+from replaystore.errors import CorruptionError
+from replaystore.files import FileState, read_bytes, write_atomic
+from replaystore.schema import MAX_NUM_ENVS, Schema
+
+HEAD = "head.arrow"
+MAX_HEAD_BYTES = 1 << 30
+_MARK = b"replaystore-crc32c:"
+_ZEROS = b"00000000"
+_FILE = pa.struct(
+    [("field", pa.int32()), ("number", pa.int64()), ("nbytes", pa.int64()), ("crc32c", pa.uint32())]
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What exists of a stream at a commit."""
+
+    commit: int
+    rows: np.ndarray  # (num_envs,) int64
+    files: dict[str, dict[int, FileState]]  # by field and number
+    parts: tuple[FileState, ...]
+    episodes: pa.Table
+    open: pa.Table
+
+    @property
+    def num_envs(self) -> int:
+        return len(self.rows)
+
+    @property
+    def is_open(self) -> np.ndarray:
+        """Which environments have an open episode; (num_envs,) bool."""
+        mask = np.zeros(self.num_envs, bool)
+        mask[integers(self.open, "env")] = True
+        return mask
+
+    def field_rows(self, schema: Schema, name: str) -> np.ndarray:
+        """Rows per environment that a field has: an open episode's last row is an observation only."""
+        return self.rows if schema.is_observation(name) else self.rows - self.is_open
+
+
+def empty_head(schema: Schema, num_envs: int) -> Head:
+    none = episode_schema(schema).empty_table()
+    files: dict[str, dict[int, FileState]] = {field.name: {} for field in schema.fields}
+    return Head(0, np.zeros(num_envs, np.int64), files, (), none, none)
+
+
+def _arrow_schema(episodes: pa.Schema) -> pa.Schema:
+    fields = [
+        ("commit", pa.int64()),
+        ("rows", pa.list_(pa.int64())),
+        ("files", pa.list_(_FILE)),
+        ("parts", pa.list_(_FILE)),
+        ("episodes", pa.list_(pa.struct(list(episodes)))),
+        ("open", pa.list_(pa.struct(list(episodes)))),
+    ]
+    return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in fields])
+
+
+def encode_head(head: Head, schema: Schema) -> bytes:
+    places = {field.name: i for i, field in enumerate(schema.fields)}
+    files = [(places[name], *state) for name, states in head.files.items() for state in states.values()]
+    arrow = _arrow_schema(episode_schema(schema))
+    arrays = [
+        pa.array([head.commit], pa.int64()),
+        _one_list(pa.array(head.rows, pa.int64())),
+        _one_list(_file_structs(files)),
+        _one_list(_file_structs([(-1, *state) for state in head.parts])),
+        _one_list(_struct_array(head.episodes)),
+        _one_list(_struct_array(head.open)),
+    ]
+    mark = (_MARK + _ZEROS).decode()
+    table = pa.Table.from_arrays(arrays, schema=arrow.with_metadata({"checksum": mark}))
+    data = encode_table(table)
+    return _replace_checksum(data, f"{crc32c(data):08x}".encode())
+
+
+def decode_head(data: bytes, schema: Schema, path: Path) -> Head:
+    """Check and read a head; raises `CorruptionError`."""
+    found = data[data.find(_MARK) + len(_MARK) :][:8]
+    zeroed = _replace_checksum(data, _ZEROS)
+    if len(zeroed) != len(data) or found != f"{crc32c(zeroed):08x}".encode():
+        raise CorruptionError(f"{path}: the head's checksum does not match its bytes")
+    episodes = episode_schema(schema)
+    row = decode_table(data, _arrow_schema(episodes), path).to_batches()
+    if len(row) != 1 or row[0].num_rows != 1:
+        raise CorruptionError(f"{path}: expected one row")
+    lists = {name: row[0].column(name)[0] for name in row[0].schema.names}
+    rows = np.array(lists["rows"].values, np.int64)
+    if not 0 < len(rows) <= MAX_NUM_ENVS or (rows < 0).any():
+        raise CorruptionError(f"{path}: expected rows of 1 to {MAX_NUM_ENVS} environments, found {rows}")
+    files: dict[str, dict[int, FileState]] = {field.name: {} for field in schema.fields}
+    for place, *state in _file_tuples(lists["files"]):
+        if not 0 <= place < len(schema.fields):
+            raise CorruptionError(
+                f"{path}: expected a field from 0 to {len(schema.fields) - 1}, found {place}"
+            )
+        files[schema.fields[place].name][state[0]] = FileState(*state)
+    return Head(
+        commit=lists["commit"].as_py(),
+        rows=rows,
+        files=files,
+        parts=tuple(FileState(*state) for _, *state in _file_tuples(lists["parts"])),
+        episodes=_episode_table(lists["episodes"], episodes, path),
+        open=_episode_table(lists["open"], episodes, path),
+    )
+
+
+def write_head(stream: Path, head: Head, schema: Schema) -> bytes:
+    """Commit: everything the head names must be synced before. Returns the head's bytes."""
+    data = encode_head(head, schema)
+    write_atomic(stream / HEAD, data)
+    return data
+
+
+def read_head(stream: Path) -> bytes:
+    return read_bytes(stream / HEAD, MAX_HEAD_BYTES)
+
+
+def _replace_checksum(data: bytes, digits: bytes) -> bytes:
+    for at in {data.find(_MARK), data.rfind(_MARK)} - {-1}:
+        start = at + len(_MARK)
+        data = data[:start] + digits + data[start + 8 :]
+    return data
+
+
+def _one_list(values: pa.Array) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+
+
+def _file_structs(states: Sequence[tuple[int, ...]]) -> pa.StructArray:
+    columns = zip(*states, strict=True) if states else [()] * 4
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, _FILE, strict=True)]
+    return pa.StructArray.from_arrays(arrays, fields=list(_FILE))
+
+
+def _file_tuples(states: Any) -> list[tuple[int, ...]]:
+    columns = [states.values.field(i).to_pylist() for i in range(_FILE.num_fields)]
+    return list(zip(*columns, strict=True))
+
+
+def _struct_array(table: pa.Table) -> pa.StructArray:
+    arrays = [column.combine_chunks() for column in table.columns]
+    return pa.StructArray.from_arrays(arrays, fields=list(table.schema))
+
+
+def _episode_table(structs: Any, schema: pa.Schema, path: Path) -> pa.Table:
+    values = structs.values
+    arrays = [values.field(i) for i in range(len(schema))]
+    nulls = [f.name for f, array in zip(schema, arrays, strict=True) if not f.nullable and array.null_count]
+    if values.null_count or nulls:
+        raise CorruptionError(f"{path}: nulls in the episodes' {nulls}")
+    return pa.Table.from_arrays(arrays, schema=schema)

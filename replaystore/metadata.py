@@ -1,0 +1,144 @@
+"""Renders and checks the `zarr.json` of groups and arrays.
+
+They are rendered here rather than by zarr so that a store's bytes do not depend on zarr's version
+and reading one needs no zarr; tests hold zarr's own rendering against them. The root group's
+attributes hold what the store is (format version, schema, environment), with a crc32c over their
+canonical JSON.
+"""
+
+import json
+from typing import Any
+
+from replaystore.codec import blosc_settings, crc32c
+from replaystore.errors import CorruptionError, FormatError, FormatTooNew, SchemaError
+from replaystore.field import Field
+from replaystore.schema import Schema
+
+FORMAT_VERSION = 1
+MAX_METADATA_BYTES = 1 << 24
+_GROUP = {"zarr_format": 3, "node_type": "group"}
+_ARRAY = {
+    "zarr_format": 3,
+    "node_type": "array",
+    "attributes": {},
+    "storage_transformers": [],
+    "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+}
+
+
+def render_root(schema: Schema, *, env_spec: str | None, frame_stack: int) -> bytes:
+    """The root group's `zarr.json`; `env_spec` is gymnasium's `EnvSpec.to_json`."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "schema": schema.to_json(),
+        "env_spec": env_spec,
+        "frame_stack": frame_stack,
+    }
+    attributes = {"replaystore": content | {"crc32c": _checksum(content)}}
+    return json.dumps(_GROUP | {"attributes": attributes}, indent=2).encode()
+
+
+def render_group() -> bytes:
+    return json.dumps(_GROUP | {"attributes": {}}, indent=2).encode()
+
+
+def parse_root(data: bytes, path: str) -> dict[str, Any]:
+    """Return the root's attributes with `schema` as a `Schema`; refuse anything else."""
+    node = parse_json(data, path)
+    content = node.get("attributes", {}).get("replaystore") if isinstance(node, dict) else None
+    if not isinstance(content, dict):
+        raise FormatError(f"{path}: not a replaystore (no attribute 'replaystore')")
+    version = content.get("format_version")
+    if type(version) is not int or version < 1:
+        raise FormatError(f"{path}: expected a format version from 1, found {version!r}")
+    if version > FORMAT_VERSION:
+        known = f"this package knows up to {FORMAT_VERSION}"
+        raise FormatTooNew(f"{path}: format version {version}, {known}: install a newer replaystore")
+    found = content.pop("crc32c", None)
+    if node.keys() != {*_GROUP, "attributes"} or found != _checksum(content):
+        raise CorruptionError(f"{path}: the attributes' checksum does not match them")
+    try:
+        return content | {"schema": Schema.from_json(content["schema"])}
+    except (KeyError, SchemaError) as error:
+        raise FormatError(f"{path}: {error}") from error
+
+
+def parse_json(data: bytes, path: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not a replaystore: no valid JSON ({error})") from error
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return f"{crc32c(canonical.encode()):08x}"
+
+
+def render_array(field: Field, *, num_envs: int, time_chunk: int, length: int) -> bytes:
+    """An array's `zarr.json`: `(time, env, *shape)`, `length` rows of time."""
+    node = _array(field, num_envs, time_chunk)
+    node["shape"][0] = length
+    return json.dumps(node, indent=2).encode()
+
+
+def check_array(data: bytes, path: str, field: Field, *, num_envs: int, time_chunk: int) -> int:
+    """Return an array's length in time; raise `FormatError` if it is not the schema's array."""
+    node, expected = parse_json(data, path), _array(field, num_envs, time_chunk)
+    try:
+        length = node["shape"][0]
+        expected["shape"][0] = length
+    except (KeyError, TypeError, IndexError) as error:
+        raise FormatError(f"{path}: expected an array of field {field.name!r}") from error
+    if type(length) is not int or length < 0:
+        raise FormatError(f"{path}: expected a length in time, found {length!r}")
+    if node != expected:
+        keys = expected.keys() | node.keys()
+        differing = sorted(key for key in keys if node.get(key) != expected.get(key))
+        raise FormatError(f"{path}: differs from the schema's array in {', '.join(differing)}")
+    return length
+
+
+def _array(field: Field, num_envs: int, time_chunk: int) -> dict[str, Any]:
+    rest = list(field.shape)
+    endian = {"configuration": {"endian": "little"}} if field.dtype.itemsize > 1 else {}
+    codecs: list[dict[str, Any]] = [{"name": "bytes"} | endian]
+    chunk = [time_chunk, num_envs, *rest]
+    if field.packed:
+        chunk = [field.chunk_rows * field.shard_chunks(num_envs), num_envs, *rest]
+        codecs = [_sharding(field, [*codecs, _blosc(field), {"name": "crc32c"}])]
+    return _ARRAY | {
+        "shape": [0, num_envs, *rest],
+        "data_type": field.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "fill_value": False if field.dtype.kind == "b" else 0.0 if field.dtype.kind == "f" else 0,
+        "codecs": codecs,
+        "dimension_names": ["time", "env", *[f"axis_{i}" for i in range(len(rest))]],
+    }
+
+
+def _sharding(field: Field, codecs: list[dict[str, Any]]) -> dict[str, Any]:
+    index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    return {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": [field.chunk_rows, 1, *field.shape],
+            "codecs": codecs,
+            "index_codecs": index,
+            "index_location": "end",
+        },
+    }
+
+
+def _blosc(field: Field) -> dict[str, Any]:
+    name, level, shuffle = blosc_settings(field.codec)
+    return {
+        "name": "blosc",
+        "configuration": {
+            "typesize": field.dtype.itemsize,
+            "cname": name,
+            "clevel": level,
+            "shuffle": ("noshuffle", "shuffle", "bitshuffle")[shuffle],
+            "blocksize": 0,
+        },
+    }

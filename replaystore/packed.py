@@ -1,0 +1,234 @@
+"""A packed array: chunks into shards, shards into chunks.
+
+A shard is one zarr v3 `sharding_indexed` file:
+
+    chunk | chunk | … | index | crc32c
+
+chunk    encoded bytes, ending in their own crc32c (`codec.py`)
+index    two little-endian u64 per chunk, in order (time, env): offset, nbytes; all ones if absent
+crc32c   of the index, 4 bytes, little-endian
+
+A commit appends the chunks that changed and a fresh index behind the last one, so that the file's
+end is a valid index at every commit and nothing committed is written over. A shard that is full,
+or holds more dead bytes than live ones, is repacked: replaced by a file of its live chunks alone.
+A reader that knows the committed length looks for the index there, or, if the shard was repacked
+since, at the file's end. The checksum of a shard covers what repacking keeps: the encoded sizes
+of its chunks, and the checksums of the first and last.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from replaystore.codec import crc32c
+from replaystore.errors import CorruptionError
+from replaystore.field import Field
+from replaystore.files import (
+    FileState,
+    GrowingFile,
+    chunk_path,
+    make_parents,
+    map_whole,
+    read_bytes,
+    write_atomic,
+)
+
+ABSENT = 2**64 - 1
+MIN_CHUNK_BYTES = 20
+MAX_SHARD_BYTES = 1 << 40
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """A shard at a commit: its length, its index `(chunks, 2)`, the chunks' checksums."""
+
+    nbytes: int
+    index: np.ndarray
+    checksums: np.ndarray
+
+    @property
+    def live_nbytes(self) -> int:
+        """Bytes of the shard once repacked."""
+        sizes = self.index[self.index[:, 1] != ABSENT, 1]
+        return int(sizes.sum()) + _index_nbytes(len(self.index))
+
+    def file(self, number: int) -> FileState:
+        present = np.flatnonzero(self.index[:, 1] != ABSENT)
+        ends = self.checksums[present[[0, -1]]]
+        return FileState(number, self.nbytes, _identity(self.index, ends))
+
+
+def _index_nbytes(chunks: int) -> int:
+    return 16 * chunks + 4
+
+
+def _identity(index: np.ndarray, ends: np.ndarray) -> int:
+    return crc32c(ends.astype("<u4").tobytes(), crc32c(np.ascontiguousarray(index[:, 1]).tobytes()))
+
+
+def _encode_index(index: np.ndarray) -> bytes:
+    data = index.tobytes()
+    return data + crc32c(data).to_bytes(4, "little")
+
+
+def read_index(data: np.ndarray, chunks: int) -> np.ndarray | None:
+    """The index at the end of a shard's bytes, `(chunks, 2)`, or None if there is no valid one."""
+    body = len(data) - _index_nbytes(chunks)
+    if body < 0:
+        return None
+    raw = data[body:-4]
+    if crc32c(raw) != int.from_bytes(data[-4:].tobytes(), "little"):
+        return None
+    index = raw.view("<u8").reshape(chunks, 2)
+    offset, nbytes = index[index[:, 1] != ABSENT].T
+    fits = (nbytes >= MIN_CHUNK_BYTES) & (nbytes <= body) & (offset <= body - np.minimum(nbytes, body))
+    return index if fits.all() else None
+
+
+def _chunk_checksum(data: np.ndarray, entry: np.ndarray) -> int:
+    end = int(entry[0] + entry[1])
+    return int.from_bytes(data[end - 4 : end].tobytes(), "little")
+
+
+class Shard:
+    """A mapped shard as of one commit."""
+
+    def __init__(self, path: Path, data: np.ndarray, index: np.ndarray) -> None:
+        self.path = path
+        self.data = data
+        self._bytes = data.data
+        self._index = index.reshape(-1).view(np.uint8).data.cast("Q")
+
+    def chunk(self, number: int) -> bytes:
+        """The encoded bytes of a chunk; raises `CorruptionError` if the shard lacks it."""
+        offset, nbytes = self._index[2 * number], self._index[2 * number + 1]
+        if nbytes == ABSENT:
+            raise CorruptionError(f"{self.path}: chunk {number} is missing")
+        return bytes(self._bytes[offset : offset + nbytes])
+
+    def extent(self, number: int) -> tuple[int, int]:
+        """Offset and bytes of a chunk within `data`."""
+        return self._index[2 * number], self._index[2 * number + 1]
+
+
+def open_shard(path: Path, state: FileState, chunks: int) -> Shard:
+    """Map a shard and find the index that a commit speaks of.
+
+    Raises `CorruptionError` if the file is missing, shorter than committed without having been
+    repacked, damaged in its index, or another shard than the one that was committed.
+    """
+    whole = map_whole(path)
+    for data in (whole[: state.nbytes], whole):
+        index = read_index(data, chunks)
+        if index is None:
+            continue
+        present = index[index[:, 1] != ABSENT]
+        ends = np.array([_chunk_checksum(data, entry) for entry in present[[0, -1]]])
+        if _identity(index, ends) == state.crc32c:
+            return Shard(path, data, index)
+    raise CorruptionError(
+        f"{path}: expected the shard committed with {state.nbytes} bytes, found {len(whole)} bytes"
+        " of another, or a damaged index: run `replaystore verify`"
+    )
+
+
+class PackedWriter:
+    """Appends encoded chunks to one packed array of a stream."""
+
+    def __init__(self, path: Path, field: Field, *, num_envs: int) -> None:
+        self.field = field
+        self.shards: dict[int, ShardState] = {}
+        self.chunks = field.shard_chunks(num_envs) * num_envs
+        self.time_rows = field.shard_chunks(num_envs) * field.chunk_rows
+        self._path = path
+        self._ndim = 2 + len(field.shape)
+        self._files: dict[int, GrowingFile] = {}
+        self._ends: dict[int, int] = {}
+
+    def resume(self, states: Iterable[FileState]) -> None:
+        """Take up the open shards of an earlier writer; what it wrote after its commit is cut off."""
+        for state in states:
+            shard = open_shard(self.shard_path(state.number), state, self.chunks)
+            index = np.array(shard._index, np.uint64).reshape(-1, 2).astype("<u8")
+            checksums = np.zeros(self.chunks, np.uint32)
+            for i in np.flatnonzero(index[:, 1] != ABSENT):
+                checksums[i] = _chunk_checksum(shard.data, index[i])
+            self.shards[state.number] = ShardState(len(shard.data), index, checksums)
+            self._open(state.number).truncate(len(shard.data))
+
+    def shard_path(self, number: int) -> Path:
+        return chunk_path(self._path, number, self._ndim)
+
+    def write(self, encoded: dict[int, bytes]) -> tuple[dict[int, ShardState], list[FileState]]:
+        """Append chunks by their number in the array, and sync; the new states are not yet taken."""
+        states = {}
+        by_shard: dict[int, dict[int, bytes]] = {}
+        for number, data in encoded.items():
+            by_shard.setdefault(number // self.chunks, {})[number % self.chunks] = data
+        for number, chunks in by_shard.items():
+            states[number] = self._append(number, chunks)
+        return states, [state.file(number) for number, state in states.items()]
+
+    def _append(self, number: int, chunks: dict[int, bytes]) -> ShardState:
+        old = self.shards.get(number)
+        if old is None:
+            index = np.full((self.chunks, 2), ABSENT, "<u8")
+            old = ShardState(0, index, np.zeros(self.chunks, np.uint32))
+        start = max(old.nbytes, self._ends.get(number, 0))
+        index, checksums, offset = old.index.copy(), old.checksums.copy(), start
+        for i, data in chunks.items():
+            index[i] = offset, len(data)
+            checksums[i] = int.from_bytes(data[-4:], "little")
+            offset += len(data)
+        blob = b"".join([*chunks.values(), _encode_index(index)])
+        file = self._open(number)
+        file.truncate(start)
+        file.write(blob, start)
+        file.sync()
+        return ShardState(start + len(blob), index, checksums)
+
+    def protect(self, states: dict[int, ShardState]) -> None:
+        """Never write below these ends: a head that names them may already be on disk."""
+        for number, state in states.items():
+            self._ends[number] = max(state.nbytes, self._ends.get(number, 0))
+
+    def repack(self, number: int) -> FileState:
+        """Replace a shard by one of its live chunks alone, as of the last commit."""
+        state, path = self.shards[number], self.shard_path(number)
+        data = read_bytes(path, MAX_SHARD_BYTES)
+        index = state.index.copy()
+        parts, offset = [], 0
+        for i in np.flatnonzero(index[:, 1] != ABSENT):
+            start, nbytes = map(int, index[i])
+            parts.append(data[start : start + nbytes])
+            index[i, 0] = offset
+            offset += nbytes
+        blob = b"".join([*parts, _encode_index(index)])
+        write_atomic(path, blob)
+        self._forget(number)
+        self.shards[number] = ShardState(len(blob), index, state.checksums)
+        return self.shards[number].file(number)
+
+    def seal(self, number: int) -> None:
+        """Forget a shard that is full and repacked: nothing is written to it again."""
+        self._forget(number)
+        del self.shards[number]
+
+    def close(self) -> None:
+        """Close the files; a later write opens them again."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def _forget(self, number: int) -> None:
+        self._ends.pop(number, None)
+        if number in self._files:
+            self._files.pop(number).close()
+
+    def _open(self, number: int) -> GrowingFile:
+        if number not in self._files:
+            path = self.shard_path(number)
+            make_parents(path, self._path)
+            self._files[number] = GrowingFile.create(path)
+        return self._files[number]

@@ -1,0 +1,273 @@
+"""Rows → arrays: the read path of all streams, and the arena of decoded chunks.
+
+The rows of all streams share one numbering, so that each flat field is read by one gather however
+many streams and files there are: stream s has the numbers from `base[s]`, and row (time, env) is
+`base[s] + time * num_envs + env`. A packed field's chunks are numbered alike, `chunk_rows` rows at
+a time. Each chunk that a slice of rows needs is decoded once into the arena, and every row is
+gathered from there; `slots` says which chunk is where.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from replaystore.codec import ChunkCodec
+from replaystore.errors import CorruptionError
+from replaystore.field import Field
+from replaystore.files import chunk_path
+from replaystore.flat import FlatColumn
+from replaystore.head import Head
+from replaystore.index import Places
+from replaystore.packed import Shard, open_shard
+from replaystore.schema import Schema
+
+SLICE_ROWS = 160  # decoded and gathered while in cache: 32 items of five frames
+MAX_SHARDS = 8192  # mapped at once, of the 65,530 maps that Linux allows a process
+
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
+
+
+class Tail(NamedTuple):
+    """The rows of one stream that its writer still holds in memory.
+
+    `arrays[field]` is (capacity, num_envs, *shape), with row t of an environment at t % capacity;
+    it holds the rows from `floor[env]`.
+    """
+
+    stream: int
+    floor: np.ndarray
+    arrays: Mapping[str, np.ndarray]
+
+
+class StreamSpace(NamedTuple):
+    """A stream's head and its place in the common numbering of rows."""
+
+    head: Head
+    base: int
+    rows: int  # numbers set aside, all environments together
+
+
+def stream_path(root: Path, stream: int) -> Path:
+    return root / "streams" / f"{stream:06d}"
+
+
+class Reader:
+    """Reads rows of any streams, as of the newest commit it was given of each."""
+
+    def __init__(self, root: Path, schema: Schema, *, cache_bytes: int) -> None:
+        self._root = root
+        self._schema = schema
+        self._spaces: dict[int, StreamSpace] = {}
+        self._base = np.zeros(0, np.int64)
+        self._width = np.zeros(0, np.int64)
+        self._flat: dict[str, FlatColumn] = {}
+        packed = [field for field in schema.fields if field.packed]
+        share = cache_bytes // max(1, len(packed))
+        self._packed = {field.name: PackedColumn(root, field, share) for field in packed}
+
+    def update(self, heads: Mapping[int, Head]) -> None:
+        """Move to newer commits; streams may be new."""
+        old = {stream: space.head for stream, space in self._spaces.items()}
+        grown = {stream: self._needed_rows(head) for stream, head in heads.items()}
+        if any(rows > self._reserved(stream) for stream, rows in grown.items()):
+            self._lay_out({**old, **heads})
+            return
+        for stream, head in heads.items():
+            space = self._spaces[stream]
+            self._spaces[stream] = space._replace(head=head)
+            self._map_flat(stream, already=space.head)
+            for column in self._packed.values():
+                column.update(stream, self._spaces[stream], space.head, self._schema)
+
+    def ids(self, places: Places) -> np.ndarray:
+        """Names for transitions that never change: stream * 2^40 + time * num_envs + env."""
+        ids: np.ndarray = (places.stream << 40) + places.time * self._width[places.stream] + places.env
+        return ids
+
+    def read(
+        self,
+        places: Places,
+        times: Mapping[str, np.ndarray],
+        *,
+        tail: Tail | None = None,
+        allocate: Allocate = np.empty,
+    ) -> dict[str, np.ndarray]:
+        """Gather fields at times: `times[field]` (batch, …) gives (batch, …, *shape)."""
+        base, width = self._base[places.stream], self._width[places.stream]
+        arrays = {}
+        for name, time in times.items():
+            wide = (...,) + (None,) * (time.ndim - 1)
+            env, stream = places.env[wide], places.stream[wide]
+            held = None
+            if tail is not None:
+                held = (stream == tail.stream) & (time >= tail.floor[env * (stream == tail.stream)])
+                held = held if held.any() else None
+            out = allocate(time.shape + self._schema.by_name[name].shape, self._schema.by_name[name].dtype)
+            if held is None or not held.all():
+                self._gather(name, time, base[wide], width[wide], env, held, out)
+            if held is not None and tail is not None:
+                ring = tail.arrays[name]
+                column = np.broadcast_to(env, time.shape)[held]
+                out[held] = ring[time[held] % len(ring), column]
+            arrays[name] = out
+        return arrays
+
+    def _gather(
+        self,
+        name: str,
+        time: np.ndarray,
+        base: np.ndarray,
+        width: np.ndarray,
+        env: np.ndarray,
+        held: np.ndarray | None,
+        out: np.ndarray,
+    ) -> None:
+        field = self._schema.by_name[name]
+        flat_out = out.reshape(-1, *field.shape)
+        if field.packed:
+            column = self._packed[name]
+            chunk = base // field.chunk_rows + time // field.chunk_rows * width + env
+            column.take(_elsewhere(chunk, held), time.ravel() % field.chunk_rows, flat_out)
+        else:
+            rows = _elsewhere(base + time * width + env, held)
+            self._flat[name].rows.take(rows, axis=0, out=flat_out, mode="clip")
+
+    def _needed_rows(self, head: Head) -> int:
+        """Row numbers that a head's files take, in whole flat files."""
+        time_chunk = self._schema.time_chunk(head.num_envs)
+        return -(-int(head.rows.max()) // time_chunk) * time_chunk * head.num_envs
+
+    def _reserved(self, stream: int) -> int:
+        return self._spaces[stream].rows if stream in self._spaces else -1
+
+    def _lay_out(self, heads: dict[int, Head]) -> None:
+        """Give every stream a place with room to grow, and map all files anew."""
+        base = 0
+        self._spaces = {}
+        for stream, head in sorted(heads.items()):
+            file_rows = self._schema.time_chunk(head.num_envs) * head.num_envs
+            rows = max(file_rows, 2 * self._needed_rows(head))
+            self._spaces[stream] = StreamSpace(head, base, rows)
+            base += rows
+        self._base = np.zeros(max(heads) + 1, np.int64)
+        self._width = np.ones(max(heads) + 1, np.int64)
+        for stream, space in self._spaces.items():
+            self._base[stream], self._width[stream] = space.base, space.head.num_envs
+        flat = [field for field in self._schema.fields if not field.packed]
+        self._flat = {field.name: FlatColumn(field, base) for field in flat}
+        for stream in self._spaces:
+            self._map_flat(stream, already=None)
+        for column in self._packed.values():
+            column.lay_out(self._spaces, base)
+
+    def _map_flat(self, stream: int, already: Head | None) -> None:
+        head, base, _ = self._spaces[stream]
+        time_chunk = self._schema.time_chunk(head.num_envs)
+        rows = time_chunk * head.num_envs
+        for name, column in self._flat.items():
+            mapped = already.files[name] if already else {}
+            for number in head.files[name].keys() - mapped.keys():
+                array = stream_path(self._root, stream) / name
+                column.place(array, number, row=base + number * rows, rows=rows)
+
+
+def _elsewhere(numbers: np.ndarray, held: np.ndarray | None) -> np.ndarray:
+    """Flatten numbers, and replace those that the writer holds by one that is on disk."""
+    if held is not None:
+        numbers = np.where(held, numbers[~held][0], numbers)
+    flat: np.ndarray = numbers.ravel()
+    return flat
+
+
+class PackedColumn:
+    """One packed field of all streams, and its part of the arena."""
+
+    def __init__(self, root: Path, field: Field, cache_bytes: int) -> None:
+        self._root = root
+        self._field = field
+        self._codec = ChunkCodec(field)
+        slots = max(SLICE_ROWS, cache_bytes // field.chunk_nbytes)
+        self._arena = np.empty((slots * field.chunk_rows, *field.shape), field.dtype)
+        self._address = self._arena.ctypes.data
+        self._holds = np.full(slots, -1, np.int64)  # the chunk in each slot
+        self._slots = np.zeros(0, np.int32)  # by chunk: 1 + its slot, or 0
+        self._hand = 0
+        self._spaces: Mapping[int, StreamSpace] = {}
+        self._streams = np.zeros(0, np.int64)
+        self._bases = np.zeros(0, np.int64)
+        self._shards: dict[tuple[int, int], Shard] = {}
+
+    def lay_out(self, spaces: Mapping[int, StreamSpace], rows: int) -> None:
+        self._spaces = spaces
+        self._streams = np.array(list(spaces), np.int64)
+        self._bases = np.array([space.base for space in spaces.values()]) // self._field.chunk_rows
+        self._slots = np.zeros(rows // self._field.chunk_rows, np.int32)
+        self._holds[:] = -1
+        self._shards.clear()
+
+    def update(self, stream: int, space: StreamSpace, old: Head, schema: Schema) -> None:
+        """Forget the shards and the unfinished chunks that a newer commit changed."""
+        name, size = self._field.name, self._field.chunk_rows
+        new_files = space.head.files[name]
+        for number, state in old.files[name].items():
+            if new_files.get(number) != state:
+                self._shards.pop((stream, number), None)
+        rows = old.field_rows(schema, name)
+        chunks = space.base // size + rows // size * old.num_envs + np.arange(old.num_envs)
+        self._slots[chunks[rows % size != 0]] = 0
+
+    def take(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
+        """Gather rows by chunk number and row within the chunk, slice by slice."""
+        size = self._field.chunk_rows
+        for start in range(0, len(chunks), SLICE_ROWS):
+            stop = start + SLICE_ROWS
+            part = chunks[start:stop]
+            slots = self._slots.take(part)
+            while not slots.all():  # again only if a chunk that was here made room for another
+                self._decode(np.unique(part[slots == 0]))
+                slots = self._slots.take(part)
+            rows = (slots.astype(np.int64) - 1) * size + within[start:stop]
+            self._arena.take(rows, axis=0, out=out[start:stop], mode="clip")
+
+    def _decode(self, chunks: np.ndarray) -> None:
+        place = self._bases.searchsorted(chunks, side="right") - 1
+        streams = self._streams[place].tolist()
+        numbers = (chunks - self._bases[place]).tolist()
+        for chunk, stream, number in zip(chunks.tolist(), streams, numbers, strict=True):
+            slot = self._hand
+            evicted = self._holds[slot]
+            if evicted >= 0 and self._slots[evicted] == slot + 1:
+                self._slots[evicted] = 0
+            self._holds[slot] = -1
+            self._decode_chunk(stream, number, self._address + slot * self._field.chunk_nbytes)
+            self._holds[slot] = chunk
+            self._slots[chunk] = slot + 1
+            self._hand = (slot + 1) % len(self._holds)
+
+    def _decode_chunk(self, stream: int, number: int, address: int) -> None:
+        num_envs = self._spaces[stream].head.num_envs
+        shard_number, within = divmod(number, self._field.shard_chunks(num_envs) * num_envs)
+        shard = self._shards.get((stream, shard_number)) or self._open(stream, shard_number)
+        try:
+            self._codec.decode(shard.chunk(within), address)
+        except CorruptionError as error:
+            size = self._field.chunk_rows
+            first, env = number // num_envs * size, number % num_envs
+            rows = f"rows {first} to {first + size - 1} of environment {env}, stream {stream}"
+            raise CorruptionError(f"{shard.path}: chunk {within} ({rows}): {error}") from error
+
+    def _open(self, stream: int, number: int) -> Shard:
+        head, field = self._spaces[stream].head, self._field
+        array = stream_path(self._root, stream) / field.name
+        state = head.files[field.name].get(number)
+        if state is None:
+            path = chunk_path(array, number, 2 + len(field.shape))
+            raise CorruptionError(f"{path}: expected a shard, but the commit names none")
+        path = chunk_path(array, number, 2 + len(field.shape))
+        if len(self._shards) >= MAX_SHARDS:
+            self._shards.pop(next(iter(self._shards)))
+        shard = open_shard(path, state, field.shard_chunks(head.num_envs) * head.num_envs)
+        self._shards[stream, number] = shard
+        return shard

@@ -1,0 +1,51 @@
+"""Rows in memory that are not yet durable: one ring per field, indexed by time and environment.
+
+Row t of an environment stands at t % capacity. Rows stay until a commit that holds them is
+durable, so that a failed commit can be done again in full, and a chunk that is not yet full keeps
+its first rows, so that it can be encoded again.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from replaystore.schema import Schema
+
+RING_BYTES = 1 << 25
+MAX_ROWS = 1 << 18
+
+
+class Ring:
+    """`arrays[field]` is (capacity, num_envs, *shape); the caller keeps count of what is in use."""
+
+    def __init__(self, schema: Schema, num_envs: int) -> None:
+        row_nbytes = num_envs * sum(field.row_nbytes for field in schema.fields)
+        self.keep = max(field.chunk_rows for field in schema.fields)
+        fitting = 1 << (max(1, RING_BYTES // row_nbytes).bit_length() - 1)
+        self.capacity = max(min(fitting, MAX_ROWS), 4 * self.keep, 16)
+        self.mask = self.capacity - 1
+        self.arrays = {
+            field.name: np.zeros((self.capacity, num_envs, *field.shape), field.dtype)
+            for field in schema.fields
+        }
+
+    def put(self, env: int, row: int, count: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Set `count` rows from `row`; zeros where an array is shorter."""
+        for start, some, slot in self.pieces(row, row + count):
+            for name, array in arrays.items():
+                part = array[start - row : start - row + some]
+                self.arrays[name][slot : slot + len(part), env] = part
+                self.arrays[name][slot + len(part) : slot + some, env] = 0
+
+    def copy_to(self, out: np.ndarray, name: str, env: int, start: int, stop: int) -> None:
+        """Copy rows `start` to `stop` of one environment to the beginning of `out`."""
+        for row, count, slot in self.pieces(start, stop):
+            out[row - start : row - start + count] = self.arrays[name][slot : slot + count, env]
+
+    def pieces(self, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
+        """Split rows into (row, count, slot), each without a turn of the ring."""
+        while start < stop:
+            slot = start & self.mask
+            count = min(stop - start, self.capacity - slot)
+            yield start, count, slot
+            start += count

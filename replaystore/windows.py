@@ -1,0 +1,144 @@
+"""What an item is: windows expand places into the rows to read, and shape what was read.
+
+`Transition` is the item of DQN and its kin. With n_step = 1 the frames of `observation` and
+`next_observation` are read once and both are views of one array `(batch, frame_stack + 1, …)`;
+with n_step > 1 the two stacks share few frames, so each is read for itself.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from replaystore.errors import UsageError
+from replaystore.index import Places
+from replaystore.schema import Nested, Schema
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Transitions as numpy arrays, each with the batch first.
+
+    `reward` is the n-step return and `discount` what the value of `next_observation` is worth:
+    gamma^k after k steps, 0 after termination. `terminated` and `truncated` are of the last step.
+    `ids` (int64) name the transitions for good. `extra` holds the user's own fields.
+    """
+
+    observation: Nested
+    action: Nested
+    reward: np.ndarray
+    next_observation: Nested
+    terminated: np.ndarray
+    truncated: np.ndarray
+    discount: np.ndarray
+    ids: np.ndarray
+    extra: dict[str, Nested]
+
+
+class RowTimes(NamedTuple):
+    """The rows to read for a batch, as times within each item's column; int64.
+
+    `observation` is (batch, frames); `reward` (batch,) or (batch, n_step); `end`, the row of the
+    last step, and `start` are (batch,). `steps` counts the steps until `end`, (batch,). `before`
+    marks the frames that would stand before the episode's first row, or is None if none can.
+    """
+
+    observation: np.ndarray
+    before: np.ndarray | None
+    reward: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    steps: np.ndarray
+
+    def of(self, name: str) -> np.ndarray:
+        """The times at which to read a field."""
+        if name == "reward":
+            return self.reward
+        if name in ("terminated", "truncated"):
+            return self.end
+        return self.observation if name.split("/", 1)[0] == "observation" else self.start
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A transition with its n-step return (Sutton and Barto 2018, eq. 7.1) and stacked frames.
+
+    The return sums the rewards of up to `n_step` steps, fewer at the episode's end. With
+    `frame_stack` > 1 observations are (batch, frame_stack, …), oldest first; before an episode's
+    first row stands the field's padding, which by default repeats that row.
+    """
+
+    n_step: int = 1
+    gamma: float = 0.99
+    frame_stack: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("n_step", "frame_stack"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{name}: expected an int from 1, got {value!r}")
+        if not 0 <= self.gamma <= 1:
+            raise UsageError(f"gamma: expected a number from 0 to 1, got {self.gamma!r}")
+
+    def rows(self, places: Places) -> RowTimes:
+        """Which rows the items at these places need."""
+        start = places.time
+        stack = self.frame_stack
+        if self.n_step == 1:
+            frames = start[:, None] + np.arange(1 - stack, 2)
+            return RowTimes(*self._clamp(frames, places), start, start, start, np.ones_like(start))
+        steps = np.minimum(places.last - start, self.n_step)
+        frames = np.arange(1 - stack, 1)
+        both = np.concatenate([start[:, None] + frames, (start + steps)[:, None] + frames], axis=1)
+        reward = np.minimum(start[:, None] + np.arange(self.n_step), places.last[:, None] - 1)
+        return RowTimes(*self._clamp(both, places), reward, start, start + steps - 1, steps)
+
+    def _clamp(self, times: np.ndarray, places: Places) -> tuple[np.ndarray, np.ndarray | None]:
+        if self.frame_stack == 1:
+            return times, None
+        first = places.first[:, None]
+        return np.maximum(times, first), times < first
+
+    def batch(
+        self, rows: RowTimes, arrays: Mapping[str, np.ndarray], *, schema: Schema, ids: np.ndarray
+    ) -> Batch:
+        """Shape what was read: `arrays` holds each field at the rows asked for."""
+        if rows.before is not None:
+            _pad(rows.before, arrays, schema)
+        reward, discount = self._returns(rows, arrays["reward"], arrays["terminated"])
+        stack = self.frame_stack
+        now = slice(0, stack) if stack > 1 else 0
+        after = slice(-stack, None) if stack > 1 else -1
+        observations = schema.names("observation")
+        return Batch(
+            observation=schema.nest("observation", {n: arrays[n][:, now] for n in observations}),
+            action=schema.nest("action", arrays),
+            reward=reward,
+            next_observation=schema.nest("observation", {n: arrays[n][:, after] for n in observations}),
+            terminated=arrays["terminated"],
+            truncated=arrays["truncated"],
+            discount=discount,
+            ids=ids,
+            extra={top: schema.nest(top, arrays) for top in schema.extra},
+        )
+
+    def _returns(
+        self, rows: RowTimes, reward: np.ndarray, terminated: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        dtype = reward.dtype if reward.dtype.kind == "f" else np.dtype(np.float64)
+        if self.n_step == 1:
+            return reward, np.array([self.gamma, 0.0], dtype).take(terminated)
+        step = np.arange(self.n_step)
+        within = (step < rows.steps[:, None]).reshape(*rows.reward.shape, *[1] * (reward.ndim - 2))
+        weighted = np.where(within, reward, 0).astype(np.float64)
+        total = np.einsum("bn...,n->b...", weighted, self.gamma**step)
+        discount = np.where(terminated, 0.0, self.gamma**rows.steps)
+        return total.astype(dtype), discount.astype(dtype)
+
+
+def _pad(before: np.ndarray, arrays: Mapping[str, np.ndarray], schema: Schema) -> None:
+    for name in schema.names("observation"):
+        padding = schema.by_name[name].padding_row()
+        if padding is not None:
+            arrays[name][before] = padding

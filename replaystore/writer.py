@@ -1,0 +1,477 @@
+"""Steps → rows of a stream → commits.
+
+Rows are put into a ring in memory and stay there until they are durable. A background thread
+commits about every second, or when the ring is half full. It alone encodes, writes, syncs and
+replaces the head, so that an interrupt in the caller's thread cannot stop a commit half-way.
+"""
+
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from replaystore.commit import Pending, StreamCommitter
+from replaystore.episodes import (
+    Episode,
+    OpenEpisode,
+    check_seed,
+    check_seeds,
+    column_value,
+    episode_schema,
+    episode_table,
+    episodes_of,
+)
+from replaystore.errors import ClosedError, CommitError, ForkError, SchemaError, UsageError
+from replaystore.files import Lock
+from replaystore.head import Head
+from replaystore.ring import Ring
+from replaystore.schema import Schema
+
+COMMIT_SECONDS = 1.0
+
+Clock = Callable[[], float]
+
+
+class Ended(NamedTuple):
+    """Episodes of a stream as int64 arrays; what the index needs of them."""
+
+    env: np.ndarray
+    first: np.ndarray
+    length: np.ndarray
+
+
+class StreamWriter:
+    """Appends to one stream. Any thread may call it; calls are serialised by `lock`."""
+
+    def __init__(
+        self, path: Path, schema: Schema, head: Head, *, number: int, lock: Lock, clock: Clock = time.time
+    ) -> None:
+        self.path = path
+        self.number = number
+        self.lock = threading.RLock()
+        self.head = head
+        self._schema = schema
+        self._clock = clock
+        self._file_lock = lock
+        self._num_envs = head.num_envs
+        self._lead = (self._num_envs,) if self._num_envs > 1 else ()
+        self._committer = StreamCommitter(path, schema, head)
+        self._ring = Ring(schema, self._num_envs)
+        self._prepare_columns()
+        self._rows: list[int] = head.rows.tolist()
+        self._open: list[OpenEpisode | None] = [None] * self._num_envs
+        self._closed: list[Episode] = []
+        self._log: list[tuple[int, int, int]] = []
+        self._changes = self._committed_changes = 0
+        self._failure: CommitError | None = None
+        self._closing = self._stopped = self._forked = False
+        self._set_room(head)
+        self._resume(head)
+        self._start_thread()
+
+    def _prepare_columns(self) -> None:
+        """What every step needs of each field, looked up once."""
+        schema, arrays = self._schema, self._ring.arrays
+        self._step_names = [field.name for field in schema.fields]
+        self._action_names = [name for name in self._step_names if not schema.is_observation(name)]
+        self._scalar_reward = schema.by_name["reward"].shape == ()
+        self._max_lag = min(schema.shard_rows(field, self._num_envs) for field in schema.fields)
+        self._setters = [
+            (
+                field.name,
+                field.accept,
+                arrays[field.name][:, 0],
+                0 if schema.is_observation(field.name) else 1,
+            )
+            for field in schema.fields
+        ]
+
+    # ---- appending
+
+    def reset(
+        self,
+        observation: Any,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        mask: np.ndarray | None = None,
+        policy: str | None = None,
+        columns: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Begin an episode in each environment of `mask`; an open one ends there, cut short."""
+        with self.lock:
+            self._check_usable()
+            envs = self._envs(mask)
+            flat = self._schema.flatten_top("observation", observation)
+            values = {name: self._accept(name, value) for name, value in flat.items()}
+            seeds = check_seeds(seed, self._num_envs)
+            described = [self._columns(columns or {}, env) for env in envs]
+            for env in envs:
+                self._cut(env)
+                self._catch_up(env)
+                self._wait_for_room(env)
+            now = int(self._clock() * 1e6)
+            for env, row_columns in zip(envs, described, strict=True):
+                self._open[env] = OpenEpisode(self._rows[env], seeds[env], now, policy, row_columns)
+            self._put_observation(values, envs)
+
+    def step(self, values: Mapping[str, Any], mask: np.ndarray | None = None) -> None:
+        """Append what was done from the last row, and the observation that followed."""
+        with self.lock:
+            self._check_usable()
+            if self._num_envs == 1 and mask is None:
+                self._step_one(values)
+            else:
+                self._step_many(values, self._envs(mask))
+
+    def _step_one(self, values: Mapping[str, Any]) -> None:
+        episode = self._open[0]
+        if episode is None:
+            raise UsageError("step before reset: begin an episode first")
+        flat = self._schema.flatten(values)
+        accepted = [accept(flat[name]) for name, accept, _, _ in self._setters]
+        row = self._rows[0]
+        if row >= self._limit[0]:
+            self._wait_for_room(0)
+        mask = self._ring.mask
+        for (_, _, column, back), value in zip(self._setters, accepted, strict=True):
+            column[(row - back) & mask] = value
+        self._rows[0] = row + 1
+        self._changes += 1
+        if self._scalar_reward:
+            episode.reward += float(values["reward"])
+        if values["terminated"] or values["truncated"]:
+            self._end(0, bool(values["terminated"]), bool(values["truncated"]))
+        if row >= self._half[0]:
+            self._wake_committer(0)
+
+    def _step_many(self, values: Mapping[str, Any], envs: list[int]) -> None:
+        closed = [env for env in envs if self._open[env] is None]
+        if closed:
+            raise UsageError(f"step before reset: environments {closed} have no open episode")
+        flat, lead = self._schema.flatten(values), self._lead or (1,)
+        accepted = {name: self._accept(name, flat[name]) for name in self._step_names}
+        for env in envs:
+            self._wait_for_room(env)
+        rows = np.array(self._rows)[envs]
+        for name, value in accepted.items():
+            back = 0 if self._schema.is_observation(name) else 1
+            self._ring.arrays[name][(rows - back) & self._ring.mask, envs] = value[envs]
+        self._advance(envs)
+        terminated, truncated, reward = (
+            accepted[name].reshape(*lead, -1)[:, 0].tolist() for name in ("terminated", "truncated", "reward")
+        )
+        for env in envs:
+            if self._scalar_reward:
+                self._opened(env).reward += reward[env]
+            if terminated[env] or truncated[env]:
+                self._end(env, terminated[env], truncated[env])
+
+    def add_episode(
+        self, values: Mapping[str, Any], *, seed: int | None, policy: str | None, columns: Mapping[str, Any]
+    ) -> None:
+        """Append a whole episode: observations (L+1, …), the rest (L, …)."""
+        with self.lock:
+            self._check_usable()
+            env = int(np.argmin(self._rows))
+            if self._open[env] is not None:
+                raise UsageError("add_episode while an episode is open: finish it with step or reset first")
+            arrays = self._accept_episode(values)
+            length = len(arrays["reward"])
+            described = self._columns(columns, env)
+            self._open[env] = OpenEpisode(
+                self._rows[env], check_seed(seed), int(self._clock() * 1e6), policy, described
+            )
+            self._append_rows(env, arrays, length + 1)
+            if self._scalar_reward:
+                self._opened(env).reward = float(arrays["reward"].astype(np.float64).sum())
+            self._end(env, bool(arrays["terminated"][-1]), bool(arrays["truncated"][-1]))
+
+    def _append_rows(self, env: int, arrays: Mapping[str, np.ndarray], rows: int) -> None:
+        """Append rows of one environment, in pieces that fit; zeros where an array is shorter."""
+        done = 0
+        while done < rows:
+            self._wait_for_room(env)
+            row = self._rows[env]
+            count = min(rows - done, self._limit[env] - row)
+            self._ring.put(
+                env, row, count, {name: array[done : done + count] for name, array in arrays.items()}
+            )
+            done += count
+            self._rows[env] = row + count
+            self._changes += 1
+
+    def _accept_episode(self, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        flat = self._schema.flatten(values)
+        try:
+            length = len(flat["reward"])
+        except TypeError as error:
+            raise SchemaError(
+                f"field 'reward': expected an array of L rewards, got {flat['reward']!r}"
+            ) from error
+        if length == 0:
+            raise SchemaError("add_episode: expected at least one transition, got none")
+        arrays = {}
+        for name, field in self._schema.by_name.items():
+            rows = length + 1 if self._schema.is_observation(name) else length
+            arrays[name] = np.asarray(field.accept(flat[name], (rows,)))
+        if (arrays["terminated"][:-1] | arrays["truncated"][:-1]).any():
+            raise SchemaError("add_episode: terminated or truncated before the last transition")
+        return arrays
+
+    def _accept(self, name: str, value: Any) -> np.ndarray:
+        """A field's value as an array (num_envs, *shape)."""
+        accepted = np.asarray(self._schema.by_name[name].accept(value, self._lead))
+        return accepted if self._lead else accepted[None]
+
+    def _put_observation(self, values: Mapping[str, np.ndarray], envs: list[int]) -> None:
+        slots = np.array(self._rows)[envs] & self._ring.mask
+        for name in self._step_names:
+            self._ring.arrays[name][slots, envs] = values[name][envs] if name in values else 0
+        self._advance(envs)
+
+    def _advance(self, envs: list[int]) -> None:
+        for env in envs:
+            self._rows[env] += 1
+            if self._rows[env] > self._half[env]:
+                self._wake_committer(env)
+        self._changes += 1
+
+    def _wake_committer(self, env: int) -> None:
+        self._half[env] = self._rows[env] + self._ring.capacity  # once is enough until the next commit
+        self._wake.set()
+
+    def _cut(self, env: int) -> None:
+        if self._open[env] is not None:
+            self._end(env, False, False)
+
+    def _end(self, env: int, terminated: bool, truncated: bool) -> None:
+        episode = self._describe(env, terminated, truncated)
+        self._open[env] = None
+        last = (self._rows[env] - 1) & self._ring.mask
+        for name in self._action_names:
+            self._ring.arrays[name][last, env] = 0
+        self._changes += 1
+        if episode.length:
+            self._closed.append(episode)
+            self._log.append(episode[:3])
+
+    def _describe(self, env: int, terminated: bool = False, truncated: bool = False) -> Episode:
+        episode = self._opened(env)
+        length = self._rows[env] - 1 - episode.first_row
+        total = episode.reward if self._scalar_reward else None
+        rest = (total, episode.seed, episode.start_time, episode.policy, episode.columns)
+        return Episode(env, episode.first_row, length, terminated, truncated, *rest)
+
+    def _opened(self, env: int) -> OpenEpisode:
+        episode = self._open[env]
+        assert episode is not None, env
+        return episode
+
+    def _catch_up(self, env: int) -> None:
+        """Leave rows unused so that this column is not more than a shard behind the longest."""
+        behind = max(self._rows) - self._rows[env]
+        if behind >= self._max_lag:
+            none = {name: array[:0, 0] for name, array in self._ring.arrays.items()}
+            self._append_rows(env, none, behind)
+
+    def _envs(self, mask: np.ndarray | None) -> list[int]:
+        if mask is None:
+            return list(range(self._num_envs))
+        mask = np.asarray(mask)
+        if mask.shape != (self._num_envs,) or mask.dtype != np.dtype(bool):
+            raise UsageError(f"mask: expected {self._num_envs} bools, got {mask.dtype} of shape {mask.shape}")
+        return np.flatnonzero(mask).tolist()
+
+    def _columns(self, given: Mapping[str, Any], env: int) -> tuple[Any, ...]:
+        unknown = given.keys() - self._schema.columns.keys()
+        if unknown:
+            raise SchemaError(
+                f"expected episode columns of {list(self._schema.columns)}, got {sorted(unknown)}"
+            )
+        return tuple(
+            column_value(name, dtype, given.get(name), env) for name, dtype in self._schema.columns.items()
+        )
+
+    # ---- what is there, for the process that writes; the caller holds `lock`
+
+    def take_ended(self) -> Ended:
+        """Episodes that ended since the last call."""
+        log, self._log = self._log, []
+        return Ended(*np.array(log, np.int64).reshape(-1, 3).T)
+
+    def open_episodes(self) -> Ended:
+        """Open episodes of at least one transition."""
+        found = [
+            (env, episode.first_row, self._rows[env] - 1 - episode.first_row)
+            for env, episode in enumerate(self._open)
+            if episode is not None and self._rows[env] - 1 > episode.first_row
+        ]
+        return Ended(*np.array(found, np.int64).reshape(-1, 3).T)
+
+    def uncommitted(self) -> pa.Table:
+        """The episodes that closed since the last commit, and the open ones."""
+        open_ = [self._describe(env) for env, episode in enumerate(self._open) if episode is not None]
+        episodes = [*self._closed, *[episode for episode in open_ if episode.length]]
+        return episode_table(episodes, episode_schema(self._schema))
+
+    @property
+    def floor(self) -> np.ndarray:
+        """The first row of each environment that is in the ring, (num_envs,)."""
+        return np.array(self._limit) - self._ring.capacity
+
+    @property
+    def ring(self) -> Mapping[str, np.ndarray]:
+        """By field, (capacity, num_envs, *shape); row t stands at t % capacity."""
+        return self._ring.arrays
+
+    # ---- room, flush, close
+
+    def flush(self) -> None:
+        """Return when all that was appended before is durable; raises `CommitError` if it cannot be."""
+        with self.lock:
+            self._check_usable(raise_failure=False)
+            self._failure = None
+            self._commit_now()
+
+    def close(self) -> None:
+        """Cut open episodes short, commit, and give the stream back."""
+        with self.lock:
+            if self._closing:
+                return
+            self._check_usable(raise_failure=False)
+            for env in range(self._num_envs):
+                self._cut(env)
+            self._closing = True
+            self._failure = None
+            try:
+                self._commit_now()
+            except CommitError:
+                self._closing = False
+                raise
+            self._stopped = True
+            self._wake.set()
+        self._thread.join()
+        self._committer.close()
+        self._file_lock.release()
+
+    def abandon(self) -> None:
+        """In a forked child: this writer belongs to the parent."""
+        self.lock = threading.RLock()
+        self._forked = True
+
+    def _check_usable(self, *, raise_failure: bool = True) -> None:
+        if self._forked:
+            raise ForkError("this store was opened for writing by the parent process: open it again here")
+        if self._closing:
+            raise ClosedError("the store is closed")
+        if self._failure is not None and raise_failure:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _wait_for_room(self, env: int) -> None:
+        while self._rows[env] >= self._limit[env]:
+            self._commit_now()
+
+    def _commit_now(self) -> None:
+        """Have the background thread commit what is there now; the caller holds the lock."""
+        self._asked += 1
+        wanted = self._asked
+        self._wake.set()
+        while self._served < wanted:
+            self._done.wait()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _start_thread(self) -> None:
+        self._wake = threading.Event()
+        self._done = threading.Condition(self.lock)
+        self._asked = self._served = 0
+        self._thread = threading.Thread(
+            target=_commit_loop, args=(weakref.ref(self), self._wake), name="replaystore-commit", daemon=True
+        )
+        self._thread.start()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closing", True) and not self._forked:
+            warnings.warn(f"{self.path}: the store was not closed", ResourceWarning, stacklevel=2)
+            self._stopped = True
+            self._wake.set()
+
+    # ---- on the background thread
+
+    def serve(self) -> bool:
+        """Commit once; False when the writer is closed. A failure goes to the next caller."""
+        with self.lock:
+            asked, final, stopped = self._asked, self._closing, self._stopped
+            changes, pending = self._changes, self._pending()
+        if stopped:
+            return False
+        failure = None
+        try:
+            if changes != self._committed_changes:
+                self._adopt(self._committer.commit(pending, self._ring), len(pending.closed), changes)
+            self.head = self._committer.tidy(final=final)
+        except Exception as error:  # whatever it is, it belongs to the caller, not to this thread
+            self._committer.close()
+            failure = _commit_error(error, self.path)
+        with self.lock:
+            self._failure = failure
+            self._served = asked
+            self._done.notify_all()
+        return True
+
+    def _pending(self) -> Pending:
+        open_ = [self._describe(env) for env, episode in enumerate(self._open) if episode is not None]
+        return Pending(np.array(self._rows, np.int64), list(self._closed), open_)
+
+    def _adopt(self, head: Head, closed: int, changes: int) -> None:
+        with self.lock:
+            self.head = head
+            self._committed_changes = changes
+            del self._closed[:closed]
+            self._set_room(head)
+
+    def _set_room(self, head: Head) -> None:
+        """Rows below the floor are durable and in chunks that are full: their slots are free."""
+        floor = (head.rows - head.is_open) // self._ring.keep * self._ring.keep
+        self._limit = (floor + self._ring.capacity).tolist()
+        self._half = (floor + self._ring.capacity // 2).tolist()
+
+    # ---- beginning
+
+    def _resume(self, head: Head) -> None:
+        """End the episodes that the last writer of the stream left open."""
+        for ended in episodes_of(head.open):
+            self._changes += 1
+            if ended.length:
+                self._closed.append(ended)
+                self._log.append(ended[:3])
+
+    def refill(self, env: int, row: int, count: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Put committed rows back into the ring: those of a chunk that is not yet full."""
+        self._ring.put(env, row, count, arrays)
+
+
+def _commit_loop(reference: "weakref.ref[StreamWriter]", wake: threading.Event) -> None:
+    """Commit about every second until the writer is closed or forgotten."""
+    going = True
+    while going:
+        wake.wait(COMMIT_SECONDS)
+        wake.clear()
+        writer = reference()
+        going = writer is not None and writer.serve()
+        del writer
+
+
+def _commit_error(error: Exception, path: Path) -> CommitError:
+    code = error.errno if isinstance(error, OSError) else None
+    where = getattr(error, "filename", None) or path
+    advice = "the rows are still in memory: make room and flush, or go on, and they are written again"
+    return CommitError(code, f"the commit failed ({error!r}); {advice}", str(where))
