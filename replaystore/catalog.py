@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from replaystore.episodes import episode_schema, integers, open_part
+from replaystore.episodes import episode_schema, integers, open_part, part_path
 from replaystore.errors import CorruptionError, StoreGone
 from replaystore.files import list_directory
-from replaystore.head import HEAD, Head, decode_head, read_head
+from replaystore.head import HEAD, Head, check_episodes, decode_head, encode_head, read_head
 from replaystore.index import EpisodeIndex
 from replaystore.reader import stream_path
 from replaystore.schema import Schema
@@ -22,7 +22,7 @@ class Catalog:
     def __init__(self, root: Path, schema: Schema) -> None:
         self.index = EpisodeIndex()
         self.heads: dict[int, Head] = {}
-        self.snapshot: dict[int, bytes] = {}
+        self._loaded: dict[int, bytes] = {}
         self.writer: StreamWriter | None = None
         self._root = root
         self._schema = schema
@@ -47,19 +47,26 @@ class Catalog:
                     raise
         return heads
 
-    def load(self, data: Mapping[int, bytes]) -> dict[int, Head]:
-        """Take over heads, index their episodes; returns those that changed."""
-        changed = {
+    def snapshot(self) -> dict[int, bytes]:
+        """The heads of the commit shown, as bytes."""
+        return {stream: encode_head(head, self._schema) for stream, head in self.heads.items()}
+
+    def decode(self, data: Mapping[int, bytes]) -> dict[int, Head]:
+        """The heads among these that are new, checked; those of the writer here are not asked for."""
+        return {
             stream: decode_head(raw, self._schema, stream_path(self._root, stream) / HEAD)
             for stream, raw in data.items()
-            if self.snapshot.get(stream) != raw and not self._owns(stream)
+            if self._loaded.get(stream) != raw and not self._owns(stream)
         }
-        for stream, head in changed.items():
-            self._index_head(stream, head)
-        self.heads |= changed
-        self.snapshot |= {stream: data[stream] for stream in changed}
+
+    def take(self, heads: Mapping[int, Head], data: Mapping[int, bytes]) -> None:
+        """Take over heads, and index their episodes."""
+        parts = {stream: self._open_parts(stream, head) for stream, head in heads.items()}
+        for stream, head in heads.items():
+            self._index_head(stream, head, parts[stream])
+        self.heads |= heads
+        self._loaded |= {stream: data[stream] for stream in heads}
         self._index_open()
-        return changed
 
     def catch_up(self) -> dict[int, Head]:
         """Index what the writer appended since the last call; returns its head if it changed.
@@ -85,8 +92,7 @@ class Catalog:
     def _owns(self, stream: int) -> bool:
         return self.writer is not None and self.writer.number == stream
 
-    def _index_head(self, stream: int, head: Head) -> None:
-        parts = self._open_parts(stream, head)
+    def _index_head(self, stream: int, head: Head, parts: list[pa.Table]) -> None:
         done_parts, done_episodes = self._indexed.get(stream, (0, 0))
         for number in range(done_parts, len(parts)):
             skip = done_episodes if number == done_parts else 0
@@ -98,7 +104,10 @@ class Catalog:
     def _open_parts(self, stream: int, head: Head) -> list[pa.Table]:
         parts = self._parts.setdefault(stream, [])
         path = stream_path(self._root, stream)
-        parts.extend(open_part(path, state, self._table) for state in head.parts[len(parts) :])
+        for state in head.parts[len(parts) :]:
+            part = open_part(path, state, self._table)
+            check_episodes(part, head, part_path(path, state.number))
+            parts.append(part)
         return parts
 
     def _index_open(self) -> None:

@@ -50,8 +50,9 @@ class StreamCommitter:
         for field in schema.fields:
             rows = head.field_rows(schema, field.name)
             if field.packed:
-                packed = PackedWriter(path / field.name, field, num_envs=self._num_envs)
-                full = int(rows.min()) // packed.time_rows
+                chunks = schema.env_chunks(self._num_envs) * self._num_envs
+                packed = PackedWriter(path / field.name, field, chunks=chunks)
+                full = int(rows.min()) // schema.shard_rows(field, self._num_envs)
                 states = head.files[field.name].values()
                 packed.resume(state for state in states if state.number >= full - 1)
                 self._packed[field.name] = packed
@@ -69,8 +70,6 @@ class StreamCommitter:
         flat = {name: self._write_flat(name, head, ring) for name in self._flat}
         packed = {name: self._write_packed(name, head, ring) for name in self._packed}
         head = _with_files(head, {name: files for name, (_, files) in (flat | packed).items()})
-        for name, (shards, _) in packed.items():
-            self._packed[name].protect(shards)
         write_head(self.path, head, self._schema)
         for name, (state, _) in flat.items():
             self._flat[name].state = state
@@ -101,8 +100,14 @@ class StreamCommitter:
         table = episode_schema(self._schema)
         closed = pa.concat_tables([self.head.episodes, episode_table(pending.closed, table)])
         open_ = episode_table(pending.open, table)
-        commit = self.head.commit + 1
-        return replace(self.head, commit=commit, rows=pending.rows, episodes=closed, open=open_)
+        return replace(
+            self.head,
+            commit=self.head.commit + 1,
+            rows=pending.rows,
+            closed=self.head.closed + len(pending.closed),
+            episodes=closed,
+            open=open_,
+        )
 
     def _seal_episodes(self, head: Head) -> Head:
         if len(head.episodes) < PART_EPISODES:
@@ -142,7 +147,8 @@ class StreamCommitter:
 
     def _repack(self, name: str, final: bool) -> list[FileState]:
         writer, repacked = self._packed[name], []
-        full = int(self._rows(self.head, name).min()) // writer.time_rows
+        shard_rows = self._schema.shard_rows(writer.field, self._num_envs)
+        full = int(self._rows(self.head, name).min()) // shard_rows
         for number, state in list(writer.shards.items()):
             live = state.live_nbytes
             dead = state.nbytes - live
@@ -155,22 +161,21 @@ class StreamCommitter:
     def _render_arrays(self, rows: int, *, exact: bool) -> None:
         """Give every array's `zarr.json` a length of at least the rows written."""
         for field in self._schema.fields:
-            step = self._packed[field.name].time_rows if field.packed else self._time_chunk
+            step = self._schema.shard_rows(field, self._num_envs)
             length = rows if exact else max(-(-rows // step) * step, step)
             if self._lengths.get(field.name) != length:
-                shape = {"num_envs": self._num_envs, "time_chunk": self._time_chunk, "length": length}
-                write_atomic(self.path / field.name / "zarr.json", render_array(field, **shape))
+                data = render_array(self._schema, field, num_envs=self._num_envs, length=length)
+                write_atomic(self.path / field.name / "zarr.json", data)
                 self._lengths[field.name] = length
 
 
 def create_stream(path: Path, schema: Schema, head: Head) -> None:
     """Write a stream's metadata and its first commit, which names nothing yet."""
-    time_chunk = schema.time_chunk(head.num_envs)
     write_atomic(path / "zarr.json", render_group())
     for field in schema.fields:
         array = path / field.name
         make_parents(array / "zarr.json", path)
-        data = render_array(field, num_envs=head.num_envs, time_chunk=time_chunk, length=0)
+        data = render_array(schema, field, num_envs=head.num_envs, length=0)
         write_atomic(array / "zarr.json", data)
         for parent in list(array.relative_to(path).parents)[:-1]:
             write_atomic(path / parent / "zarr.json", render_group())

@@ -130,6 +130,17 @@ class OpenEpisode:
         self.reward = 0.0
 
 
+def check_seeds(seed: Any, num_envs: int) -> list[int | None]:
+    """One seed per environment; a single one counts up, as gymnasium's vector envs do."""
+    if seed is None:
+        return [None] * num_envs
+    if isinstance(seed, (int, np.integer)):
+        return [check_seed(int(seed) + i) for i in range(num_envs)]
+    if not isinstance(seed, (list, tuple, np.ndarray)) or len(seed) != num_envs:
+        raise UsageError(f"seed: expected an int or {num_envs} of them, got {seed!r}")
+    return [check_seed(each) for each in seed]
+
+
 def check_seed(seed: Any) -> int | None:
     if seed is None:
         return None
@@ -138,25 +149,51 @@ def check_seed(seed: Any) -> int | None:
     return int(seed)
 
 
-def check_seeds(seed: Any, num_envs: int) -> list[int | None]:
-    """One seed per environment; a single one counts up, as gymnasium's vector envs do."""
-    if seed is None or isinstance(seed, (int, np.integer)):
-        first = check_seed(seed)
-        return [None if first is None else first + i for i in range(num_envs)]
-    if len(seed) != num_envs:
-        raise UsageError(f"seed: expected {num_envs} seeds, got {len(seed)}")
-    return [check_seed(each) for each in seed]
+def check_policy(policy: Any) -> str | None:
+    return None if policy is None else _as_string("policy", policy)
 
 
-_COLUMN_KINDS = {"bool": (bool, np.bool_), "int64": (int, np.integer), "float64": (int, float, np.number)}
-
-
-def column_value(name: str, dtype: str, value: Any, env: int) -> Any:
-    if isinstance(value, (list, tuple, np.ndarray)):
+def column_value(name: str, dtype: str, value: Any, env: int, num_envs: int) -> Any:
+    """An environment's value of a user's column, out of one for all or one for each."""
+    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim):
+        if len(value) != num_envs:
+            raise SchemaError(f"episode column {name!r}: expected {num_envs} values, got {len(value)}")
         value = value[env]
-    if value is None:
-        return None
-    kinds = _COLUMN_KINDS.get(dtype, (str,))
-    if not isinstance(value, kinds) or (dtype != "bool" and isinstance(value, (bool, np.bool_))):
-        raise SchemaError(f"episode column {name!r}: expected {dtype}, got {value!r}")
-    return value.item() if isinstance(value, np.generic) else value
+    return None if value is None else _CONVERT[dtype](name, value)
+
+
+def _as_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise SchemaError(f"episode column {name!r}: expected a bool, got {value!r}")
+    return bool(value)
+
+
+def _as_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not -(2**63) <= value < 2**63:
+        raise SchemaError(f"episode column {name!r}: expected an int of 64 bits, got {value!r}")
+    return int(value)
+
+
+def _as_float(name: str, value: Any) -> float:
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and abs(int(value)) <= 2**53:
+        return float(value)
+    if not isinstance(value, (float, np.floating)):
+        raise SchemaError(f"episode column {name!r}: expected a float, got {value!r}")
+    return float(value)
+
+
+def _as_string(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not _is_utf8(value):
+        raise SchemaError(f"episode column {name!r}: expected a str of Unicode characters, got {value!r}")
+    return str(value)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_CONVERT = {"bool": _as_bool, "int64": _as_int, "float64": _as_float, "string": _as_string}

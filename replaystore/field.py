@@ -13,7 +13,6 @@ from replaystore.errors import LimitError, SchemaError
 
 FLAT_ROW_BYTES = 512  # rows below this are kept raw and mapped, larger ones are compressed
 CHUNK_BYTES = 65536  # decoded bytes of a packed chunk: about as far back as lz4 looks
-SHARD_CHUNKS = 1024
 
 MAX_ROW_BYTES = 1 << 28
 DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
@@ -74,10 +73,6 @@ class Field:
     @property
     def chunk_nbytes(self) -> int:
         return self.chunk_rows * self.row_nbytes
-
-    def shard_chunks(self, num_envs: int) -> int:
-        """How many chunks of one environment stand in a shard of a packed field."""
-        return max(1, SHARD_CHUNKS // num_envs)
 
     def padding_row(self) -> np.ndarray | None:
         if self.padding is None:

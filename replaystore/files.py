@@ -175,6 +175,7 @@ class GrowingFile:
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self._descriptor = descriptor
+        self._closer = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
     def create(cls, path: Path, *, nbytes: int | None = None) -> "GrowingFile":
@@ -203,7 +204,7 @@ class GrowingFile:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        self._closer()
 
 
 def _open_regular(path: Path, flags: int) -> int:
@@ -288,7 +289,7 @@ class Lock:
     """
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self._closer = weakref.finalize(self, os.close, descriptor)
         _locks.add(self)
 
     @classmethod
@@ -306,9 +307,7 @@ class Lock:
         return cls(descriptor)
 
     def release(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._closer()
 
 
 _locks: "weakref.WeakSet[Lock]" = weakref.WeakSet()

@@ -4,6 +4,7 @@
 
     commit      its number, from 1
     rows        rows written per environment, an open episode's last observation included
+    closed      episodes closed so far, sealed ones included
     files       every chunk and shard file: field, number, committed bytes, crc32c
     parts       the sealed parts of the index: number, bytes, crc32c
     episodes    the closed episodes since the last sealed part
@@ -43,6 +44,7 @@ class Head:
 
     commit: int
     rows: np.ndarray  # (num_envs,) int64
+    closed: int
     files: dict[str, dict[int, FileState]]  # by field and number
     parts: tuple[FileState, ...]
     episodes: pa.Table
@@ -67,13 +69,14 @@ class Head:
 def empty_head(schema: Schema, num_envs: int) -> Head:
     none = episode_schema(schema).empty_table()
     files: dict[str, dict[int, FileState]] = {field.name: {} for field in schema.fields}
-    return Head(0, np.zeros(num_envs, np.int64), files, (), none, none)
+    return Head(0, np.zeros(num_envs, np.int64), 0, files, (), none, none)
 
 
 def _arrow_schema(episodes: pa.Schema) -> pa.Schema:
     fields = [
         ("commit", pa.int64()),
         ("rows", pa.list_(pa.int64())),
+        ("closed", pa.int64()),
         ("files", pa.list_(_FILE)),
         ("parts", pa.list_(_FILE)),
         ("episodes", pa.list_(pa.struct(list(episodes)))),
@@ -89,6 +92,7 @@ def encode_head(head: Head, schema: Schema) -> bytes:
     arrays = [
         pa.array([head.commit], pa.int64()),
         _one_list(pa.array(head.rows, pa.int64())),
+        pa.array([head.closed], pa.int64()),
         _one_list(_file_structs(files)),
         _one_list(_file_structs([(-1, *state) for state in head.parts])),
         _one_list(_struct_array(head.episodes)),
@@ -121,14 +125,45 @@ def decode_head(data: bytes, schema: Schema, path: Path) -> Head:
                 f"{path}: expected a field from 0 to {len(schema.fields) - 1}, found {place}"
             )
         files[schema.fields[place].name][state[0]] = FileState(*state)
-    return Head(
+    head = Head(
         commit=lists["commit"].as_py(),
         rows=rows,
+        closed=lists["closed"].as_py(),
         files=files,
         parts=tuple(FileState(*state) for _, *state in _file_tuples(lists["parts"])),
         episodes=_episode_table(lists["episodes"], episodes, path),
         open=_episode_table(lists["open"], episodes, path),
     )
+    _check_files(head, schema, path)
+    check_episodes(head.episodes, head, path)
+    check_episodes(head.open, head, path, shortest=0)
+    return head
+
+
+def check_episodes(table: pa.Table, head: Head, path: Path, *, shortest: int = 1) -> None:
+    """Raise `CorruptionError` unless every episode lies within the rows of its column."""
+    env, first, length = (integers(table, name) for name in ("env", "first_row", "length"))
+    good = (env >= 0) & (env < head.num_envs) & (first >= 0) & (length >= shortest)
+    good &= (first < 2**40) & (length < 2**40)
+    good &= first + length < head.rows[np.where(good, env, 0)]
+    if not good.all():
+        bad = np.flatnonzero(~good)[0]
+        shown = f"{length[bad]} transitions from row {first[bad]} of environment {env[bad]}"
+        raise CorruptionError(f"{path}: expected episodes within {head.rows} rows, found {shown}")
+
+
+def _check_files(head: Head, schema: Schema, path: Path) -> None:
+    """Every file that the rows need must be named, and none beside them; so rows are bounded."""
+    for field in schema.fields:
+        rows = int(head.field_rows(schema, field.name).max())
+        expected = -(-rows // schema.shard_rows(field, head.num_envs))
+        named = head.files[field.name]
+        if len(named) != expected or (named and not 0 <= min(named) <= max(named) < expected):
+            raise CorruptionError(
+                f"{path}: field {field.name!r}: expected {expected} files for {rows} rows, found {len(named)}"
+            )
+        if any(state.nbytes <= 0 for state in named.values()):
+            raise CorruptionError(f"{path}: field {field.name!r}: expected files of at least one byte")
 
 
 def write_head(stream: Path, head: Head, schema: Schema) -> bytes:

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from replaystore.codec import blosc_settings, crc32c
-from replaystore.errors import CorruptionError, FormatError, FormatTooNew, SchemaError
+from replaystore.errors import CorruptionError, FormatError, FormatTooNew, LimitError, SchemaError
 from replaystore.field import Field
 from replaystore.schema import Schema
 
@@ -45,7 +45,8 @@ def render_group() -> bytes:
 def parse_root(data: bytes, path: str) -> dict[str, Any]:
     """Return the root's attributes with `schema` as a `Schema`; refuse anything else."""
     node = parse_json(data, path)
-    content = node.get("attributes", {}).get("replaystore") if isinstance(node, dict) else None
+    attributes = node.get("attributes") if isinstance(node, dict) else None
+    content = attributes.get("replaystore") if isinstance(attributes, dict) else None
     if not isinstance(content, dict):
         raise FormatError(f"{path}: not a replaystore (no attribute 'replaystore')")
     version = content.get("format_version")
@@ -55,11 +56,19 @@ def parse_root(data: bytes, path: str) -> dict[str, Any]:
         known = f"this package knows up to {FORMAT_VERSION}"
         raise FormatTooNew(f"{path}: format version {version}, {known}: install a newer replaystore")
     found = content.pop("crc32c", None)
-    if node.keys() != {*_GROUP, "attributes"} or found != _checksum(content):
+    whole = _GROUP | {"attributes": {"replaystore": content}}
+    if node != whole or found != _checksum(content):
         raise CorruptionError(f"{path}: the attributes' checksum does not match them")
+    return _checked(content, path)
+
+
+def _checked(content: dict[str, Any], path: str) -> dict[str, Any]:
+    spec, frames = content.get("env_spec"), content.get("frame_stack")
+    if not isinstance(spec, str | None) or type(frames) is not int or frames < 1:
+        raise FormatError(f"{path}: expected an environment spec and a frame stack, found {frames!r}")
     try:
-        return content | {"schema": Schema.from_json(content["schema"])}
-    except (KeyError, SchemaError) as error:
+        return content | {"schema": Schema.from_json(content.get("schema"))}
+    except (SchemaError, LimitError) as error:
         raise FormatError(f"{path}: {error}") from error
 
 
@@ -75,23 +84,19 @@ def _checksum(content: dict[str, Any]) -> str:
     return f"{crc32c(canonical.encode()):08x}"
 
 
-def render_array(field: Field, *, num_envs: int, time_chunk: int, length: int) -> bytes:
+def render_array(schema: Schema, field: Field, *, num_envs: int, length: int) -> bytes:
     """An array's `zarr.json`: `(time, env, *shape)`, `length` rows of time."""
-    node = _array(field, num_envs, time_chunk)
-    node["shape"][0] = length
-    return json.dumps(node, indent=2).encode()
+    return json.dumps(_array(schema, field, num_envs, length), indent=2).encode()
 
 
-def check_array(data: bytes, path: str, field: Field, *, num_envs: int, time_chunk: int) -> int:
+def check_array(data: bytes, path: str, schema: Schema, field: Field, *, num_envs: int) -> int:
     """Return an array's length in time; raise `FormatError` if it is not the schema's array."""
-    node, expected = parse_json(data, path), _array(field, num_envs, time_chunk)
-    try:
-        length = node["shape"][0]
-        expected["shape"][0] = length
-    except (KeyError, TypeError, IndexError) as error:
-        raise FormatError(f"{path}: expected an array of field {field.name!r}") from error
+    node = parse_json(data, path)
+    shape = node.get("shape") if isinstance(node, dict) else None
+    length = shape[0] if isinstance(shape, list) and shape else None
     if type(length) is not int or length < 0:
-        raise FormatError(f"{path}: expected a length in time, found {length!r}")
+        raise FormatError(f"{path}: expected an array with a length in time, found shape {shape!r}")
+    expected = _array(schema, field, num_envs, length)
     if node != expected:
         keys = expected.keys() | node.keys()
         differing = sorted(key for key in keys if node.get(key) != expected.get(key))
@@ -99,16 +104,21 @@ def check_array(data: bytes, path: str, field: Field, *, num_envs: int, time_chu
     return length
 
 
-def _array(field: Field, num_envs: int, time_chunk: int) -> dict[str, Any]:
+def check_group(data: bytes, path: str) -> None:
+    """Raise `FormatError` unless this is the `zarr.json` of a plain group."""
+    if parse_json(data, path) != json.loads(render_group()):
+        raise FormatError(f"{path}: expected a zarr group without attributes")
+
+
+def _array(schema: Schema, field: Field, num_envs: int, length: int) -> dict[str, Any]:
     rest = list(field.shape)
     endian = {"configuration": {"endian": "little"}} if field.dtype.itemsize > 1 else {}
     codecs: list[dict[str, Any]] = [{"name": "bytes"} | endian]
-    chunk = [time_chunk, num_envs, *rest]
     if field.packed:
-        chunk = [field.chunk_rows * field.shard_chunks(num_envs), num_envs, *rest]
         codecs = [_sharding(field, [*codecs, _blosc(field), {"name": "crc32c"}])]
+    chunk = [schema.shard_rows(field, num_envs), num_envs, *rest]
     return _ARRAY | {
-        "shape": [0, num_envs, *rest],
+        "shape": [length, num_envs, *rest],
         "data_type": field.dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
         "fill_value": False if field.dtype.kind == "b" else 0.0 if field.dtype.kind == "f" else 0,

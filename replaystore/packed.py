@@ -137,15 +137,14 @@ def open_shard(path: Path, state: FileState, chunks: int) -> Shard:
 class PackedWriter:
     """Appends encoded chunks to one packed array of a stream."""
 
-    def __init__(self, path: Path, field: Field, *, num_envs: int) -> None:
+    def __init__(self, path: Path, field: Field, *, chunks: int) -> None:
+        """`chunks` are those of a shard, all environments together."""
         self.field = field
         self.shards: dict[int, ShardState] = {}
-        self.chunks = field.shard_chunks(num_envs) * num_envs
-        self.time_rows = field.shard_chunks(num_envs) * field.chunk_rows
+        self.chunks = chunks
         self._path = path
         self._ndim = 2 + len(field.shape)
         self._files: dict[int, GrowingFile] = {}
-        self._ends: dict[int, int] = {}
 
     def resume(self, states: Iterable[FileState]) -> None:
         """Take up the open shards of an earlier writer; what it wrote after its commit is cut off."""
@@ -176,23 +175,17 @@ class PackedWriter:
         if old is None:
             index = np.full((self.chunks, 2), ABSENT, "<u8")
             old = ShardState(0, index, np.zeros(self.chunks, np.uint32))
-        start = max(old.nbytes, self._ends.get(number, 0))
-        index, checksums, offset = old.index.copy(), old.checksums.copy(), start
+        index, checksums, offset = old.index.copy(), old.checksums.copy(), old.nbytes
         for i, data in chunks.items():
             index[i] = offset, len(data)
             checksums[i] = int.from_bytes(data[-4:], "little")
             offset += len(data)
         blob = b"".join([*chunks.values(), _encode_index(index)])
         file = self._open(number)
-        file.truncate(start)
-        file.write(blob, start)
+        file.truncate(old.nbytes)
+        file.write(blob, old.nbytes)
         file.sync()
-        return ShardState(start + len(blob), index, checksums)
-
-    def protect(self, states: dict[int, ShardState]) -> None:
-        """Never write below these ends: a head that names them may already be on disk."""
-        for number, state in states.items():
-            self._ends[number] = max(state.nbytes, self._ends.get(number, 0))
+        return ShardState(old.nbytes + len(blob), index, checksums)
 
     def repack(self, number: int) -> FileState:
         """Replace a shard by one of its live chunks alone, as of the last commit."""
@@ -222,7 +215,6 @@ class PackedWriter:
             self._files.popitem()[1].close()
 
     def _forget(self, number: int) -> None:
-        self._ends.pop(number, None)
         if number in self._files:
             self._files.pop(number).close()
 

@@ -18,7 +18,7 @@ from replaystore.errors import CorruptionError
 from replaystore.field import Field
 from replaystore.files import chunk_path
 from replaystore.flat import FlatColumn
-from replaystore.head import Head
+from replaystore.head import HEAD, Head, decode_head, read_head
 from replaystore.index import Places
 from replaystore.packed import Shard, open_shard
 from replaystore.schema import Schema
@@ -65,21 +65,22 @@ class Reader:
         self._flat: dict[str, FlatColumn] = {}
         packed = [field for field in schema.fields if field.packed]
         share = cache_bytes // max(1, len(packed))
-        self._packed = {field.name: PackedColumn(root, field, share) for field in packed}
+        self._packed = {field.name: PackedColumn(root, schema, field, share) for field in packed}
 
     def update(self, heads: Mapping[int, Head]) -> None:
-        """Move to newer commits; streams may be new."""
-        old = {stream: space.head for stream, space in self._spaces.items()}
-        grown = {stream: self._needed_rows(head) for stream, head in heads.items()}
-        if any(rows > self._reserved(stream) for stream, rows in grown.items()):
+        """Move to newer commits, once all their files are mapped; streams may be new."""
+        if any(self._needed_rows(head) > self._reserved(stream) for stream, head in heads.items()):
+            old = {stream: space.head for stream, space in self._spaces.items()}
             self._lay_out({**old, **heads})
             return
         for stream, head in heads.items():
             space = self._spaces[stream]
-            self._spaces[stream] = space._replace(head=head)
-            self._map_flat(stream, already=space.head)
+            self._map_flat(self._flat, stream, space._replace(head=head), already=space.head)
+        for stream, head in heads.items():
+            old_head = self._spaces[stream].head
+            self._spaces[stream] = self._spaces[stream]._replace(head=head)
             for column in self._packed.values():
-                column.update(stream, self._spaces[stream], space.head, self._schema)
+                column.update(stream, self._spaces[stream], old_head)
 
     def ids(self, places: Places) -> np.ndarray:
         """Names for transitions that never change: stream * 2^40 + time * num_envs + env."""
@@ -105,7 +106,7 @@ class Reader:
                 held = (stream == tail.stream) & (time >= tail.floor[env * (stream == tail.stream)])
                 held = held if held.any() else None
             out = allocate(time.shape + self._schema.by_name[name].shape, self._schema.by_name[name].dtype)
-            if held is None or not held.all():
+            if time.size and (held is None or not held.all()):
                 self._gather(name, time, base[wide], width[wide], env, held, out)
             if held is not None and tail is not None:
                 ring = tail.arrays[name]
@@ -144,33 +145,32 @@ class Reader:
 
     def _lay_out(self, heads: dict[int, Head]) -> None:
         """Give every stream a place with room to grow, and map all files anew."""
-        base = 0
-        self._spaces = {}
+        base, spaces = 0, {}
         for stream, head in sorted(heads.items()):
             file_rows = self._schema.time_chunk(head.num_envs) * head.num_envs
             rows = max(file_rows, 2 * self._needed_rows(head))
-            self._spaces[stream] = StreamSpace(head, base, rows)
+            spaces[stream] = StreamSpace(head, base, rows)
             base += rows
+        flat = {field.name: FlatColumn(field, base) for field in self._schema.fields if not field.packed}
+        for stream, space in spaces.items():
+            self._map_flat(flat, stream, space, already=None)
+        self._spaces, self._flat = spaces, flat
         self._base = np.zeros(max(heads) + 1, np.int64)
         self._width = np.ones(max(heads) + 1, np.int64)
-        for stream, space in self._spaces.items():
+        for stream, space in spaces.items():
             self._base[stream], self._width[stream] = space.base, space.head.num_envs
-        flat = [field for field in self._schema.fields if not field.packed]
-        self._flat = {field.name: FlatColumn(field, base) for field in flat}
-        for stream in self._spaces:
-            self._map_flat(stream, already=None)
         for column in self._packed.values():
             column.lay_out(self._spaces, base)
 
-    def _map_flat(self, stream: int, already: Head | None) -> None:
-        head, base, _ = self._spaces[stream]
-        time_chunk = self._schema.time_chunk(head.num_envs)
-        rows = time_chunk * head.num_envs
-        for name, column in self._flat.items():
+    def _map_flat(
+        self, columns: Mapping[str, FlatColumn], stream: int, space: StreamSpace, already: Head | None
+    ) -> None:
+        rows = self._schema.time_chunk(space.head.num_envs) * space.head.num_envs
+        for name, column in columns.items():
             mapped = already.files[name] if already else {}
-            for number in head.files[name].keys() - mapped.keys():
+            for number in space.head.files[name].keys() - mapped.keys():
                 array = stream_path(self._root, stream) / name
-                column.place(array, number, row=base + number * rows, rows=rows)
+                column.place(array, number, row=space.base + number * rows, rows=rows)
 
 
 def _elsewhere(numbers: np.ndarray, held: np.ndarray | None) -> np.ndarray:
@@ -184,8 +184,9 @@ def _elsewhere(numbers: np.ndarray, held: np.ndarray | None) -> np.ndarray:
 class PackedColumn:
     """One packed field of all streams, and its part of the arena."""
 
-    def __init__(self, root: Path, field: Field, cache_bytes: int) -> None:
+    def __init__(self, root: Path, schema: Schema, field: Field, cache_bytes: int) -> None:
         self._root = root
+        self._schema = schema
         self._field = field
         self._codec = ChunkCodec(field)
         slots = max(SLICE_ROWS, cache_bytes // field.chunk_nbytes)
@@ -207,14 +208,14 @@ class PackedColumn:
         self._holds[:] = -1
         self._shards.clear()
 
-    def update(self, stream: int, space: StreamSpace, old: Head, schema: Schema) -> None:
+    def update(self, stream: int, space: StreamSpace, old: Head) -> None:
         """Forget the shards and the unfinished chunks that a newer commit changed."""
         name, size = self._field.name, self._field.chunk_rows
         new_files = space.head.files[name]
         for number, state in old.files[name].items():
             if new_files.get(number) != state:
                 self._shards.pop((stream, number), None)
-        rows = old.field_rows(schema, name)
+        rows = old.field_rows(self._schema, name)
         chunks = space.base // size + rows // size * old.num_envs + np.arange(old.num_envs)
         self._slots[chunks[rows % size != 0]] = 0
 
@@ -248,7 +249,7 @@ class PackedColumn:
 
     def _decode_chunk(self, stream: int, number: int, address: int) -> None:
         num_envs = self._spaces[stream].head.num_envs
-        shard_number, within = divmod(number, self._field.shard_chunks(num_envs) * num_envs)
+        shard_number, within = divmod(number, self._schema.env_chunks(num_envs) * num_envs)
         shard = self._shards.get((stream, shard_number)) or self._open(stream, shard_number)
         try:
             self._codec.decode(shard.chunk(within), address)
@@ -259,15 +260,21 @@ class PackedColumn:
             raise CorruptionError(f"{shard.path}: chunk {within} ({rows}): {error}") from error
 
     def _open(self, stream: int, number: int) -> Shard:
-        head, field = self._spaces[stream].head, self._field
-        array = stream_path(self._root, stream) / field.name
-        state = head.files[field.name].get(number)
-        if state is None:
-            path = chunk_path(array, number, 2 + len(field.shape))
-            raise CorruptionError(f"{path}: expected a shard, but the commit names none")
-        path = chunk_path(array, number, 2 + len(field.shape))
+        head, name = self._spaces[stream].head, self._field.name
+        path = chunk_path(stream_path(self._root, stream) / name, number, 2 + len(self._field.shape))
+        chunks = self._schema.env_chunks(head.num_envs) * head.num_envs
+        try:
+            shard = open_shard(path, head.files[name][number], chunks)
+        except CorruptionError:
+            newest = self._newest_head(stream)
+            if newest.commit <= head.commit:
+                raise
+            shard = open_shard(path, newest.files[name][number], chunks)  # it was repacked since
         if len(self._shards) >= MAX_SHARDS:
             self._shards.pop(next(iter(self._shards)))
-        shard = open_shard(path, state, field.shard_chunks(head.num_envs) * head.num_envs)
         self._shards[stream, number] = shard
         return shard
+
+    def _newest_head(self, stream: int) -> Head:
+        path = stream_path(self._root, stream)
+        return decode_head(read_head(path), self._schema, path / HEAD)

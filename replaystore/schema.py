@@ -6,6 +6,7 @@ into the values of its fields, `nest` turns arrays back into the nested form: a 
 children are named 0, 1, … is a tuple, any other a dict.
 """
 
+import binascii
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -16,7 +17,9 @@ from replaystore.field import Field
 
 Nested: TypeAlias = "np.ndarray | dict[str, Nested] | tuple[Nested, ...]"
 
-FILE_ROWS = 131072  # rows of all environments in one flat file
+FILE_ROWS = 131072  # rows of all environments in a flat file
+SHARD_CHUNKS = 1024  # chunks of all environments in a shard of a packed field
+MAX_FILE_ROWS = 1 << 30
 MAX_FIELDS = 1000
 MAX_NUM_ENVS = 65536
 COLUMN_DTYPES = ("bool", "int64", "float64", "string")
@@ -27,11 +30,22 @@ class Schema:
     """The fields of a store's rows and the user's columns of its episodes; never changes.
 
     `columns` maps the name of an episode column to "bool", "int64", "float64" or "string".
+    `file_rows` and `shard_chunks` say how much goes into a file of a flat and a packed field, all
+    environments together.
     """
 
-    def __init__(self, fields: Iterable[Field], columns: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        fields: Iterable[Field],
+        columns: Mapping[str, str] | None = None,
+        *,
+        file_rows: int | None = None,
+        shard_chunks: int | None = None,
+    ) -> None:
         self.fields = tuple(fields)
         self.columns = dict(columns or {})
+        self.file_rows = FILE_ROWS if file_rows is None else file_rows
+        self.shard_chunks = SHARD_CHUNKS if shard_chunks is None else shard_chunks
         self.by_name = {field.name: field for field in self.fields}
         self._trees = _build_trees(self.fields)
         self._check()
@@ -96,30 +110,44 @@ class Schema:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        return {"fields": [field.to_json() for field in self.fields], "columns": self.columns}
+        return {
+            "fields": [field.to_json() for field in self.fields],
+            "columns": self.columns,
+            "file_rows": self.file_rows,
+            "shard_chunks": self.shard_chunks,
+        }
 
     @classmethod
     def from_json(cls, data: Any) -> "Schema":
         """Read what `to_json` gave; raises `SchemaError` for anything else."""
         try:
             fields = [Field.from_json(**entry) for entry in data["fields"]]
-            return cls(fields, data["columns"])
-        except (TypeError, KeyError, AttributeError) as error:
+            sizes = {name: data[name] for name in ("file_rows", "shard_chunks")}
+            return cls(fields, data["columns"], **sizes)
+        except (TypeError, KeyError, AttributeError, binascii.Error) as error:
             raise SchemaError(f"expected a schema of fields and columns: {error!r}") from error
 
     def time_chunk(self, num_envs: int) -> int:
         """Rows of one environment in a flat file: a power of two, whole pages for any dtype."""
-        return max(4096, 1 << ((FILE_ROWS // num_envs).bit_length() - 1))
+        return max(4096, 1 << (max(1, self.file_rows // num_envs).bit_length() - 1))
+
+    def env_chunks(self, num_envs: int) -> int:
+        """Chunks of one environment in a shard."""
+        return max(1, self.shard_chunks // num_envs)
 
     def shard_rows(self, field: Field, num_envs: int) -> int:
         """Rows of one environment in a file of a field."""
         if field.packed:
-            return field.chunk_rows * field.shard_chunks(num_envs)
+            return field.chunk_rows * self.env_chunks(num_envs)
         return self.time_chunk(num_envs)
 
     def _check(self) -> None:
         if len(self.fields) > MAX_FIELDS:
             raise LimitError(f"expected at most {MAX_FIELDS} fields, got {len(self.fields)}")
+        for name in ("file_rows", "shard_chunks"):
+            size = getattr(self, name)
+            if type(size) is not int or not 1 <= size <= MAX_FILE_ROWS:
+                raise SchemaError(f"{name}: expected an int from 1 to {MAX_FILE_ROWS}, got {size!r}")
         for name in REQUIRED:
             if name not in self._trees:
                 raise SchemaError(f"field {name!r} missing (have: {', '.join(self._trees)})")
@@ -129,6 +157,8 @@ class Schema:
                 raise SchemaError(f"field {name!r}: expected one flat bool a row, got {field}")
         if "reward" not in self.by_name:
             raise SchemaError("field 'reward': expected an array, got a nested one")
+        if len(self.columns) > MAX_FIELDS:
+            raise LimitError(f"expected at most {MAX_FIELDS} episode columns, got {len(self.columns)}")
         for name, dtype in self.columns.items():
             if not isinstance(name, str) or not name.isidentifier() or name in self._trees:
                 raise SchemaError(f"episode column {name!r}: expected a name that is no field's")

@@ -21,7 +21,16 @@ from replaystore.catalog import Catalog
 from replaystore.commit import create_stream
 from replaystore.episodes import integers
 from replaystore.errors import ClosedError, CorruptionError, FormatError, ReadOnlyError, UsageError
-from replaystore.files import Lock, disk_usage, list_directory, make_directory, read_bytes, write_new
+from replaystore.files import (
+    PARTIAL,
+    Lock,
+    disk_usage,
+    list_directory,
+    make_directory,
+    read_bytes,
+    write_atomic,
+    write_new,
+)
 from replaystore.head import HEAD, Head, empty_head, read_head
 from replaystore.index import Places
 from replaystore.metadata import MAX_METADATA_BYTES, parse_root, render_group, render_root
@@ -51,6 +60,7 @@ class ReplayStore:
         self._catalog = Catalog(path, self.schema)
         self._reader = Reader(path, self.schema, cache_bytes=cache_bytes)
         self._writer: StreamWriter | None = None
+        self._tail: Tail | None = None  # what the writer's ring holds beyond the heads shown
         self._rng = np.random.default_rng()
         self._closed = False
         self._load(heads if heads is not None else self._catalog.read_heads())
@@ -122,8 +132,8 @@ class ReplayStore:
         which of them begin. `policy` tags the episode, `columns` fills the schema's episode
         columns (a value, or one for each environment).
         """
-        writer = self._writable()
-        writer.reset(observation, seed=seed, mask=mask, policy=policy, columns=columns)
+        with self._lock:
+            self._writable().reset(observation, seed=seed, mask=mask, policy=policy, columns=columns)
 
     def step(
         self,
@@ -149,7 +159,8 @@ class ReplayStore:
             "terminated": terminated,
             "truncated": truncated,
         }
-        self._writable().step(values | extra if extra else values, mask)
+        with self._lock:
+            self._writable().step(values | extra if extra else values, mask)
 
     def add_episode(
         self,
@@ -160,19 +171,20 @@ class ReplayStore:
         **fields: Any,
     ) -> None:
         """Append a whole episode: L+1 observations, L of every other field."""
-        self._writable().add_episode(fields, seed=seed, policy=policy, columns=columns or {})
+        with self._lock:
+            self._writable().add_episode(fields, seed=seed, policy=policy, columns=columns or {})
 
     def flush(self) -> None:
         """Return when every row appended before survives a kill and a power cut."""
-        self._writable().flush()
+        with self._lock:
+            self._writable().flush()
 
     def close(self) -> None:
         """Commit what was appended, give the stream back, and let the files go."""
-        if self._closed:
-            return
-        if self._writer is not None:
-            self._writer.close()
-        self._closed = True
+        with self._lock:
+            if self._writer is not None:
+                self._writer.close()
+            self._closed = True
         _stores.discard(self)
 
     def __enter__(self) -> Self:
@@ -194,7 +206,9 @@ class ReplayStore:
     @property
     def snapshot(self) -> dict[int, bytes]:
         """The commit this store shows, to `open` the same in another process."""
-        return dict(self._catalog.snapshot)
+        with self._lock:
+            self._catch_up()
+            return self._catalog.snapshot()
 
     def __len__(self) -> int:
         """Transitions; in the process that writes, also those not yet committed."""
@@ -223,7 +237,11 @@ class ReplayStore:
         """
         with self._lock:
             self._catch_up()
-            return self._catalog.episodes()
+            if self._writer is None:
+                return self._catalog.episodes()
+            with self._writer.lock:  # no commit may come between the head and what it lacks
+                self._catch_up()
+                return self._catalog.episodes()
 
     def episode(self, number: int) -> dict[str, Any]:
         """The arrays of one episode: L+1 observations, L of the rest; nested as the spaces are."""
@@ -241,7 +259,7 @@ class ReplayStore:
                 field.name: rows if self.schema.is_observation(field.name) else rows[:, :-1]
                 for field in self.schema.fields
             }
-            arrays = self._reader.read(places, times, tail=self._tail())
+            arrays = self._reader.read(places, times, tail=self._tail)
             flat = {name: array[0] for name, array in arrays.items()}
             return {top: self.schema.nest(top, flat) for top in self.schema.tops}
 
@@ -251,6 +269,8 @@ class ReplayStore:
         """Draw n transitions uniformly, with replacement."""
         if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1:
             raise UsageError(f"sample: expected a batch size from 1, got {n!r}")
+        if not isinstance(rng, np.random.Generator | None):
+            raise UsageError(f"rng: expected a numpy.random.Generator, got {rng!r}")
         with self._lock:
             self._catch_up()
             if not len(self._catalog.index):
@@ -279,10 +299,12 @@ class ReplayStore:
 
     def _read(self, numbers: np.ndarray, window: Transition, allocate: Allocate = np.empty) -> Batch:
         """The read path: numbers, places, rows, arrays, batch."""
+        if not isinstance(window, Transition):
+            raise UsageError(f"window: expected a Transition, got {window!r}")
         places = self._catalog.index.locate(numbers)
         rows = window.rows(places)
         times = {field.name: rows.of(field.name) for field in self.schema.fields}
-        arrays = self._reader.read(places, times, tail=self._tail(), allocate=allocate)
+        arrays = self._reader.read(places, times, tail=self._tail, allocate=allocate)
         return window.batch(rows, arrays, schema=self.schema, ids=self._reader.ids(places))
 
     def make_env(self, **kwargs: Any) -> Any:
@@ -339,7 +361,7 @@ class ReplayStore:
         try:
             if not (path / HEAD).exists():
                 create_stream(path, self.schema, empty_head(self.schema, num_envs))
-            self._load(self._catalog.snapshot | {stream: read_head(path)})
+            self._load({stream: read_head(path)})
             head = self._catalog.heads[stream]
             if head.num_envs != num_envs:  # made meanwhile by somebody else
                 lock.release()
@@ -349,11 +371,12 @@ class ReplayStore:
             lock.release()
             raise
         self._refill(writer, head)
+        writer.start()
         self._writer = self._catalog.writer = writer
         return True
 
     def _refill(self, writer: StreamWriter, head: Head) -> None:
-        for env, (floor, rows) in enumerate(zip(writer.floor, head.rows, strict=True)):
+        for env, (floor, rows) in enumerate(zip(writer.floor_of(head), head.rows, strict=True)):
             if floor < rows:
                 one = np.array([0])
                 places = Places(one + writer.number, one + env, one + floor, one, one)
@@ -366,9 +389,10 @@ class ReplayStore:
                 writer.refill(env, int(floor), int(rows - floor), rings)
 
     def _load(self, heads: Mapping[int, bytes]) -> None:
-        changed = self._catalog.load(heads)
+        changed = self._catalog.decode(heads)
         if changed:
             self._reader.update(changed)
+        self._catalog.take(changed, heads)
 
     def _catch_up(self) -> None:
         """In the process that writes: take in what was appended since the last call."""
@@ -378,10 +402,8 @@ class ReplayStore:
                 changed = self._catalog.catch_up()
             if changed:
                 self._reader.update(changed)
-
-    def _tail(self) -> Tail | None:
-        writer = self._writer
-        return None if writer is None else Tail(writer.number, writer.floor, writer.ring)
+            head = self._catalog.heads[self._writer.number]
+            self._tail = Tail(self._writer.number, self._writer.floor_of(head), self._writer.ring)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -416,12 +438,10 @@ def _make_root(path: Path, data: bytes) -> None:
     """Write an empty store; its `zarr.json`, which makes it one, comes last."""
     try:
         make_directory(path, exist_ok=True)
-        names = set(list_directory(path))
-        if names - {"streams"} or (names and list_directory(path / "streams")):
-            raise FormatError(f"{path}: expected a new or empty directory, found {sorted(names)[:5]}")
+        _check_leftovers(path, {"streams"})
         make_directory(path / "streams", exist_ok=True)
-        if not (path / "streams" / "zarr.json").exists():
-            write_new(path / "streams" / "zarr.json", render_group())
+        _check_leftovers(path / "streams", {"zarr.json"})
+        write_atomic(path / "streams" / "zarr.json", render_group())
         write_new(path / "zarr.json", data)
     except FileExistsError as error:
         raise FormatError(f"{path}: a store or a file is already there") from error
@@ -429,6 +449,13 @@ def _make_root(path: Path, data: bytes) -> None:
         raise FormatError(f"{path}: expected a path whose parent is a directory") from error
     except PermissionError as error:
         raise ReadOnlyError(f"{path}: the directory cannot be written: {error}") from error
+
+
+def _check_leftovers(path: Path, allowed: set[str]) -> None:
+    """Raise unless a directory is empty but for what a store's making, cut short, leaves there."""
+    others = [name for name in list_directory(path) if name not in allowed and not name.endswith(PARTIAL)]
+    if others:
+        raise FormatError(f"{path}: expected a new or empty directory, found {others[:5]}")
 
 
 def _check_num_envs(num_envs: Any) -> None:

@@ -20,6 +20,7 @@ from replaystore.commit import Pending, StreamCommitter
 from replaystore.episodes import (
     Episode,
     OpenEpisode,
+    check_policy,
     check_seed,
     check_seeds,
     column_value,
@@ -29,7 +30,7 @@ from replaystore.episodes import (
 )
 from replaystore.errors import ClosedError, CommitError, ForkError, SchemaError, UsageError
 from replaystore.files import Lock
-from replaystore.head import Head
+from replaystore.head import HEAD, Head, decode_head, read_head
 from replaystore.ring import Ring
 from replaystore.schema import Schema
 
@@ -47,7 +48,10 @@ class Ended(NamedTuple):
 
 
 class StreamWriter:
-    """Appends to one stream. Any thread may call it; calls are serialised by `lock`."""
+    """Appends to one stream; its owner serialises the calls.
+
+    `lock` guards what the calls share with the background thread.
+    """
 
     def __init__(
         self, path: Path, schema: Schema, head: Head, *, number: int, lock: Lock, clock: Clock = time.time
@@ -61,7 +65,7 @@ class StreamWriter:
         self._file_lock = lock
         self._num_envs = head.num_envs
         self._lead = (self._num_envs,) if self._num_envs > 1 else ()
-        self._committer = StreamCommitter(path, schema, head)
+        self._committer: StreamCommitter | None = StreamCommitter(path, schema, head)
         self._ring = Ring(schema, self._num_envs)
         self._prepare_columns()
         self._rows: list[int] = head.rows.tolist()
@@ -73,7 +77,7 @@ class StreamWriter:
         self._closing = self._stopped = self._forked = False
         self._set_room(head)
         self._resume(head)
-        self._start_thread()
+        self._prepare_thread()
 
     def _prepare_columns(self) -> None:
         """What every step needs of each field, looked up once."""
@@ -110,6 +114,7 @@ class StreamWriter:
             flat = self._schema.flatten_top("observation", observation)
             values = {name: self._accept(name, value) for name, value in flat.items()}
             seeds = check_seeds(seed, self._num_envs)
+            policy = check_policy(policy)
             described = [self._columns(columns or {}, env) for env in envs]
             for env in envs:
                 self._cut(env)
@@ -175,7 +180,11 @@ class StreamWriter:
     def add_episode(
         self, values: Mapping[str, Any], *, seed: int | None, policy: str | None, columns: Mapping[str, Any]
     ) -> None:
-        """Append a whole episode: observations (L+1, …), the rest (L, …)."""
+        """Append a whole episode: observations (L+1, …), the rest (L, …).
+
+        One that is longer than the ring is committed in parts; if that fails, the parts before
+        stay as an incomplete episode.
+        """
         with self.lock:
             self._check_usable()
             env = int(np.argmin(self._rows))
@@ -183,11 +192,15 @@ class StreamWriter:
                 raise UsageError("add_episode while an episode is open: finish it with step or reset first")
             arrays = self._accept_episode(values)
             length = len(arrays["reward"])
-            described = self._columns(columns, env)
-            self._open[env] = OpenEpisode(
-                self._rows[env], check_seed(seed), int(self._clock() * 1e6), policy, described
-            )
-            self._append_rows(env, arrays, length + 1)
+            described = (check_policy(policy), self._columns(columns, env))
+            seed = check_seed(seed)
+            self._wait_for_room(env, min(length + 1, self._ring.capacity - self._ring.keep))
+            self._open[env] = OpenEpisode(self._rows[env], seed, int(self._clock() * 1e6), *described)
+            try:
+                self._append_rows(env, arrays, length + 1)
+            except CommitError:
+                self._cut(env)
+                raise
             if self._scalar_reward:
                 self._opened(env).reward = float(arrays["reward"].astype(np.float64).sum())
             self._end(env, bool(arrays["terminated"][-1]), bool(arrays["truncated"][-1]))
@@ -295,7 +308,8 @@ class StreamWriter:
                 f"expected episode columns of {list(self._schema.columns)}, got {sorted(unknown)}"
             )
         return tuple(
-            column_value(name, dtype, given.get(name), env) for name, dtype in self._schema.columns.items()
+            column_value(name, dtype, given.get(name), env, self._num_envs)
+            for name, dtype in self._schema.columns.items()
         )
 
     # ---- what is there, for the process that writes; the caller holds `lock`
@@ -316,14 +330,13 @@ class StreamWriter:
 
     def uncommitted(self) -> pa.Table:
         """The episodes that closed since the last commit, and the open ones."""
-        open_ = [self._describe(env) for env, episode in enumerate(self._open) if episode is not None]
-        episodes = [*self._closed, *[episode for episode in open_ if episode.length]]
+        episodes = [*self._closed, *[episode for episode in self._open_now() if episode.length]]
         return episode_table(episodes, episode_schema(self._schema))
 
-    @property
-    def floor(self) -> np.ndarray:
-        """The first row of each environment that is in the ring, (num_envs,)."""
-        return np.array(self._limit) - self._ring.capacity
+    def floor_of(self, head: Head) -> np.ndarray:
+        """The first row of each environment that the ring has to hold after a commit, (num_envs,)."""
+        floor: np.ndarray = (head.rows - head.is_open) // self._ring.keep * self._ring.keep
+        return floor
 
     @property
     def ring(self) -> Mapping[str, np.ndarray]:
@@ -357,7 +370,7 @@ class StreamWriter:
             self._stopped = True
             self._wake.set()
         self._thread.join()
-        self._committer.close()
+        self._give_up()
         self._file_lock.release()
 
     def abandon(self) -> None:
@@ -374,8 +387,8 @@ class StreamWriter:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _wait_for_room(self, env: int) -> None:
-        while self._rows[env] >= self._limit[env]:
+    def _wait_for_room(self, env: int, rows: int = 1) -> None:
+        while self._rows[env] + rows > self._limit[env]:
             self._commit_now()
 
     def _commit_now(self) -> None:
@@ -389,14 +402,17 @@ class StreamWriter:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _start_thread(self) -> None:
+    def start(self) -> None:
+        """Begin to commit; every row of `floor` and above that is committed must be refilled."""
+        self._thread.start()
+
+    def _prepare_thread(self) -> None:
         self._wake = threading.Event()
         self._done = threading.Condition(self.lock)
         self._asked = self._served = 0
         self._thread = threading.Thread(
             target=_commit_loop, args=(weakref.ref(self), self._wake), name="replaystore-commit", daemon=True
         )
-        self._thread.start()
 
     def __del__(self) -> None:
         if not getattr(self, "_closing", True) and not self._forked:
@@ -415,11 +431,12 @@ class StreamWriter:
             return False
         failure = None
         try:
+            committer = self._committer or self._recover()
             if changes != self._committed_changes:
-                self._adopt(self._committer.commit(pending, self._ring), len(pending.closed), changes)
-            self.head = self._committer.tidy(final=final)
+                self._adopt(committer.commit(pending, self._ring), changes)
+            self._adopt(committer.tidy(final=final), changes)
         except Exception as error:  # whatever it is, it belongs to the caller, not to this thread
-            self._committer.close()
+            self._give_up()
             failure = _commit_error(error, self.path)
         with self.lock:
             self._failure = failure
@@ -427,20 +444,41 @@ class StreamWriter:
             self._done.notify_all()
         return True
 
-    def _pending(self) -> Pending:
-        open_ = [self._describe(env) for env, episode in enumerate(self._open) if episode is not None]
-        return Pending(np.array(self._rows, np.int64), list(self._closed), open_)
+    def _give_up(self) -> None:
+        """Let go of files of which a failed call may have left anything."""
+        committer, self._committer = self._committer, None
+        if committer is not None:
+            committer.close()
 
-    def _adopt(self, head: Head, closed: int, changes: int) -> None:
+    def _recover(self) -> StreamCommitter:
+        """After a failure: take the stream up from its head on disk, as after a restart.
+
+        The head may be that of the commit that failed, if only the sync of its directory did; it
+        then counts as written, but the rows are committed once more before anyone is told so.
+        """
+        head = decode_head(read_head(self.path), self._schema, self.path / HEAD)
+        committer = StreamCommitter(self.path, self._schema, head)
+        if head.commit > self.head.commit:
+            self._adopt(head, changes=-1)
+        self._committer = committer
+        return committer
+
+    def _pending(self) -> Pending:
+        return Pending(np.array(self._rows, np.int64), list(self._closed), self._open_now())
+
+    def _open_now(self) -> list[Episode]:
+        return [self._describe(env) for env, episode in enumerate(self._open) if episode is not None]
+
+    def _adopt(self, head: Head, changes: int) -> None:
         with self.lock:
+            del self._closed[: head.closed - self.head.closed]
             self.head = head
             self._committed_changes = changes
-            del self._closed[:closed]
             self._set_room(head)
 
     def _set_room(self, head: Head) -> None:
         """Rows below the floor are durable and in chunks that are full: their slots are free."""
-        floor = (head.rows - head.is_open) // self._ring.keep * self._ring.keep
+        floor = self.floor_of(head)
         self._limit = (floor + self._ring.capacity).tolist()
         self._half = (floor + self._ring.capacity // 2).tolist()
 

@@ -1,0 +1,177 @@
+"""Power cuts: every state that a disk may be left in opens at a commit, with all acknowledged rows."""
+
+import dataclasses
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from recording import Recorder, check_transitions, schema
+from simulated_disk import Choice, DiskLog, Image
+
+from replaystore import ReplayStore, ReplayStoreError, commit, files, flat, packed
+
+STATES = ("none", "all", "journal", "random")
+
+
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seal shards and index parts after a few rows."""
+    monkeypatch.setattr("replaystore.schema.SHARD_CHUNKS", 256)
+    monkeypatch.setattr("replaystore.commit.PART_EPISODES", 3)
+    monkeypatch.setattr("replaystore.commit.DEAD_BYTES", 2000)
+    monkeypatch.setattr("replaystore.schema.FILE_ROWS", 4096)
+
+
+def record(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Record with many flushes, a reopening, and the end of a flat file; returns the disk's log."""
+    disk = DiskLog(root)
+    monkeypatch.setattr(files, "os", disk)
+    path = root / "store"
+    with ReplayStore.create(path, schema()) as store:
+        recorder = Recorder(store)
+        recorder.bulk(4060)
+        store.flush()
+        disk.note("ack", recorder.count)
+        for steps in (1, 1, 2, 3, 5, 1, 9):
+            recorder.step(steps)
+            store.flush()
+            disk.note("ack", recorder.count)
+    with ReplayStore.open(path, "a") as store:
+        recorder = Recorder(store, start=recorder.count)
+        for steps in (4, 10, 1, 2):
+            recorder.step(steps)
+            store.flush()
+            disk.note("ack", recorder.count)
+    disk.note("ack", recorder.count)
+    monkeypatch.setattr(files, "os", __import__("os"))
+    return disk.log
+
+
+def failures(log: list[tuple], root: Path, scratch: Path, *, states: int, seed: int) -> list[str]:
+    """Rebuild states at random points of the log; returns what was wrong with those that fail."""
+    rng = random.Random(seed)
+    cuts = sorted(rng.randrange(len(log) + 1) for _ in range(states))
+    image, done, acknowledged, found = Image(root), 0, 0, []
+    for cut in cuts:
+        for entry in log[done:cut]:
+            image.apply(entry)
+            acknowledged = entry[1] if entry[0] == "ack" else acknowledged
+        done = cut
+        choice = Choice(rng.choice(STATES), rng)
+        image.after_power_cut(choice, scratch)
+        problem = problem_of(scratch / "store", acknowledged, append=rng.random() < 0.2)
+        if problem:
+            found.append(f"after call {cut}, {choice.kind}: {problem}")
+        shutil.rmtree(scratch)
+    return found
+
+
+def problem_of(path: Path, acknowledged: int, *, append: bool) -> str | None:
+    if not (path / "zarr.json").exists():
+        return "no store" if acknowledged else None
+    try:
+        with ReplayStore.open(path, "a" if append else "r") as store:
+            store.check()
+            numbers = check_transitions(store)
+            if numbers != list(range(len(numbers))) or len(numbers) < acknowledged:
+                return f"{acknowledged} transitions acknowledged, found {len(numbers)}: {numbers[-5:]}"
+            if append:
+                Recorder(store, start=len(numbers)).step(20)
+        if append:
+            with ReplayStore.open(path) as store:
+                assert check_transitions(store) == list(range(len(numbers) + 20))
+    except (ReplayStoreError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def test_every_state_after_a_power_cut_opens_at_a_commit(tmp_path, monkeypatch):
+    small_files(monkeypatch)
+    log = record(tmp_path, monkeypatch)
+    assert failures(log, tmp_path, tmp_path / "scratch", states=500, seed=0) == []
+
+
+def skip(*_: object) -> None:
+    """Stands for a call that a bug leaves out."""
+
+
+def rename_before_sync(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    descriptor = files.os.open(partial, files.os.O_WRONLY | files.os.O_CREAT, 0o644)
+    files.write_at(descriptor, data, 0)
+    files.os.replace(partial, path)
+    files.os.fsync(descriptor)
+    files.os.close(descriptor)
+    files.sync_directory(path.parent)
+
+
+def test_planted_bugs_are_found(tmp_path, monkeypatch):
+    small_files(monkeypatch)
+    for name, plant in PLANTED.items():
+        root = tmp_path / name
+        root.mkdir()
+        with monkeypatch.context() as patch:
+            plant(patch)
+            log = record(root, patch)
+        assert failures(log, root, root / "scratch", states=500, seed=0), name
+
+
+def without_data_sync(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(files.GrowingFile, "sync", skip)
+
+
+def without_directory_sync(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(files, "sync_directory", skip)
+
+
+def head_synced_after_rename(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("replaystore.head.write_atomic", rename_before_sync)
+
+
+def chunks_over_the_last_index(patch: pytest.MonkeyPatch) -> None:
+    """New chunks take the place of the committed index, as a shard that is simply appended to."""
+    original = packed.PackedWriter._append
+
+    def append(writer, number, chunks):
+        if old := writer.shards.get(number):
+            start = old.nbytes - 16 * writer.chunks - 4
+            writer.shards[number] = dataclasses.replace(old, nbytes=start)
+        return original(writer, number, chunks)
+
+    patch.setattr(packed.PackedWriter, "_append", append)
+
+
+def head_before_data(patch: pytest.MonkeyPatch) -> None:
+    """Data is written and synced only after the head that names it."""
+    late = []
+    original = flat.FlatWriter.write
+    head = commit.write_head
+
+    def write(writer, cells, floor):
+        real_write, real_sync = files.GrowingFile.write, files.GrowingFile.sync
+        files.GrowingFile.write = lambda file, data, offset: late.append((file, bytes(data), offset))
+        files.GrowingFile.sync = skip
+        try:
+            return original(writer, cells, floor)
+        finally:
+            files.GrowingFile.write, files.GrowingFile.sync = real_write, real_sync
+
+    def write_head(*args):
+        written = head(*args)
+        for file, data, offset in late:
+            file.write(data, offset)
+            file.sync()
+        late.clear()
+        return written
+
+    patch.setattr(flat.FlatWriter, "write", write)
+    patch.setattr(commit, "write_head", write_head)
+
+
+PLANTED = {
+    "data not synced": without_data_sync,
+    "directory not synced": without_directory_sync,
+    "head renamed before it is synced": head_synced_after_rename,
+    "chunks over the last index": chunks_over_the_last_index,
+    "head before data": head_before_data,
+}
