@@ -59,26 +59,32 @@ def _parser() -> argparse.ArgumentParser:
 def _record(options: argparse.Namespace) -> int:
     if options.steps < 1 or options.num_envs < 1:
         raise UsageError("--steps and --num-envs: expected at least 1")
-    wrappers = _atari_wrappers() if options.atari else []
-    kwargs: dict[str, Any] = {"frameskip": 1} if options.atari else {}
+    policy = None if options.policy == "random" else _load_policy(Path(options.policy))
+    env = _make_env(options)
+    record = RecordVectorReplay if options.num_envs > 1 else RecordReplay
+    recorder: Any = record(env, options.path, policy=Path(options.policy).stem)
     try:
-        if options.num_envs > 1:
-            envs = gym.make_vec(options.env, options.num_envs, "sync", wrappers=wrappers, **kwargs)
-            recorder: Any = RecordVectorReplay(envs, options.path, policy=Path(options.policy).stem)
-        else:
-            env = gym.make(options.env, **kwargs)
-            for wrapper in wrappers:
-                env = wrapper(env)
-            recorder = RecordReplay(env, options.path, policy=Path(options.policy).stem)
-    except gym.error.Error as error:
-        raise UsageError(f"cannot make the environment {options.env!r}: {error}") from error
-    try:
-        policy = _load_policy(options.policy, recorder, options.seed)
+        recorder.action_space.seed(options.seed)
+        policy = policy or (lambda observation: recorder.action_space.sample())
         taken = _roll_out(recorder, policy, steps=options.steps, seed=options.seed)
     finally:
         recorder.close()
     sys.stdout.write(f"recorded {taken} transitions to {options.path}\n")
     return 0
+
+
+def _make_env(options: argparse.Namespace) -> Any:
+    wrappers = _atari_wrappers() if options.atari else []
+    kwargs: dict[str, Any] = {"frameskip": 1} if options.atari else {}
+    try:
+        if options.num_envs > 1:
+            return gym.make_vec(options.env, options.num_envs, "sync", wrappers=wrappers, **kwargs)
+        env = gym.make(options.env, **kwargs)
+        for wrapper in wrappers:
+            env = wrapper(env)
+        return env
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        raise UsageError(f"cannot make the environment {options.env!r}: {error}") from error
 
 
 def _atari_wrappers() -> list[Callable[[Any], Any]]:
@@ -90,20 +96,16 @@ def _atari_wrappers() -> list[Callable[[Any], Any]]:
     return [AtariPreprocessing, lambda env: FrameStackObservation(env, 4)]
 
 
-def _load_policy(name: str, env: Any, seed: int | None) -> Policy:
-    if name == "random":
-        env.action_space.seed(seed)
-        return lambda observation: env.action_space.sample()
-    if not Path(name).is_file():
-        raise UsageError(f'--policy: expected "random" or a Python file, found no file {name!r}')
-    spec = importlib.util.spec_from_file_location("replaystore_policy", name)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"--policy: expected a Python file, got {name!r}")
+def _load_policy(path: Path) -> Policy:
+    spec = importlib.util.spec_from_file_location("replaystore_policy", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UsageError(f'--policy: expected "random" or a Python file, found {str(path)!r}')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, "policy", None)):
-        raise UsageError(f"--policy: expected {name!r} to define policy(observation)")
-    return module.policy  # type: ignore[no-any-return]
+        raise UsageError(f"--policy: expected {path} to define policy(observation)")
+    found: Policy = module.policy
+    return found
 
 
 def _roll_out(

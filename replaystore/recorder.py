@@ -4,24 +4,25 @@ They return exactly what the environment returns. What a failed commit kept from
 stays with the wrapper and is appended at its next call.
 """
 
+import contextlib
 import copy
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from replaystore.errors import CommitError, ReplayStoreError, SchemaError, UsageError
+from replaystore.errors import CommitError, SchemaError, UsageError
 from replaystore.field import Field
 from replaystore.schema import Schema
 from replaystore.spaces import (
     FrameStack,
     find_frame_stack,
     given_stack,
-    leaves,
+    leaf_at,
     map_leaves,
     schema_from_spaces,
     spec_of,
@@ -42,20 +43,42 @@ class _Recorder:
         self.annotations: dict[str, Any] = {}
         self._frame_axis = frame_axis
         self._waiting: deque[Callable[[], None]] = deque()
+        self._has_gap = False
+        self.observation_names = store.schema.names("observation")
         self._info_names = [f.name for f in store.schema.fields if f.name.startswith("info/")]
 
     def call(self, *calls: Callable[[], None]) -> None:
         """Make calls to the store in order; what a failed commit stops is made at the next call."""
         self._waiting.extend(calls)
         while self._waiting:
+            call = self._waiting.popleft()
             try:
-                self._waiting[0]()
+                call()
             except CommitError:
+                self._waiting.appendleft(call)
                 raise
-            except ReplayStoreError:
-                self._waiting.clear()
-                raise
-            self._waiting.popleft()
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """While a step or reset is recorded: if that fails, nothing is until the next reset."""
+        try:
+            yield
+        except CommitError:
+            raise
+        except BaseException:  # refused, or interrupted who knows where
+            self._waiting.clear()
+            self._has_gap = True
+            raise
+
+    def before_step(self) -> None:
+        """Append what waits; raise if a refused step has left a gap in the episode."""
+        self.call()
+        if self._has_gap:
+            raise UsageError("a step of this episode was refused, so it cannot go on: reset first")
+
+    def before_reset(self, *, whole: bool = True) -> None:
+        self.call()
+        self._has_gap = self._has_gap and not whole
 
     def newest(self, observation: Any) -> Any:
         """A copy of the newest frame of a stacked observation, or of the observation."""
@@ -67,7 +90,8 @@ class _Recorder:
         """Raise unless a step's observation is the last one moved on by a frame."""
         if self.stack is None:
             return
-        for now, last in zip(leaves(observation), leaves(before), strict=True):
+        for name in self.observation_names:
+            now, last = leaf_at(observation, name), leaf_at(before, name)
             moved = np.moveaxis(now, self._frame_axis, 0)[:-1]
             kept = np.moveaxis(last, self._frame_axis, 0)[1:]
             if not np.array_equal(moved, kept, equal_nan=now.dtype.kind == "f"):
@@ -80,17 +104,14 @@ class _Recorder:
         """Raise unless an episode's first stack is padded as the store will pad it."""
         if self.stack is None:
             return
-        schema = self.store.schema
-        fields = [schema.by_name[name] for name in schema.names("observation")]
-        for leaf, field in zip(leaves(observation), fields, strict=True):
+        for name in self.observation_names:
+            leaf = leaf_at(observation, name)
             frames = np.moveaxis(leaf, self._frame_axis, 0)
-            padding = field.padding_row()
+            padding = self.store.schema.by_name[name].padding_row()
             expected = np.broadcast_to(frames[-1] if padding is None else padding, frames[:-1].shape)
             if not np.array_equal(frames[:-1], expected, equal_nan=leaf.dtype.kind == "f"):
                 kind = "its newest frame" if padding is None else "the padding"
-                raise SchemaError(
-                    f"field {field.name!r}: expected an episode's first stack filled with {kind}"
-                )
+                raise SchemaError(f"field {name!r}: expected an episode's first stack filled with {kind}")
 
     def extra(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """The user's own fields of a step: from `info`, and from `annotate`."""
@@ -172,25 +193,27 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         recorder = self._recorder
-        recorder.call()
+        recorder.before_reset()
         observation, info = self.env.reset(seed=seed, options=options)
-        recorder.check_padding(observation)
-        newest, policy, columns = recorder.newest(observation), self.policy, dict(self.columns)
-        recorder.call(lambda: recorder.store.reset(newest, seed, policy=policy, columns=columns))
-        self._remember(observation)
+        with recorder.recording():
+            recorder.check_padding(observation)
+            newest, policy, columns = recorder.newest(observation), self.policy, dict(self.columns)
+            self._remember(observation)
+            recorder.call(lambda: recorder.store.reset(newest, seed, policy=policy, columns=columns))
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         recorder = self._recorder
-        recorder.call()
+        recorder.before_step()
         taken = copy.deepcopy(action)
         result = self.env.step(action)
         observation, reward, terminated, truncated, info = result
-        recorder.check_stack(observation, self._before)
-        values = (taken, recorder.newest(observation), reward, terminated, truncated)
-        extra = recorder.extra(info)
-        recorder.call(lambda: recorder.store.step(*values, **extra))
-        self._remember(observation)
+        with recorder.recording():
+            recorder.check_stack(observation, self._before)
+            values = (taken, recorder.newest(observation), reward, terminated, truncated)
+            extra = recorder.extra(info)
+            self._remember(observation)
+            recorder.call(lambda: recorder.store.step(*values, **extra))
         return result
 
     def _remember(self, observation: Any) -> None:
@@ -250,18 +273,19 @@ class RecordVectorReplay(gym.vector.VectorWrapper[Any, Any, Any, Any, Any]):
         self._recorder.annotations = values
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        self._recorder.call()
         mask = np.ones(self.num_envs, bool)
         if options is not None and "reset_mask" in options:
             mask = np.array(options["reset_mask"], bool)
+        self._recorder.before_reset(whole=bool(mask.all()))
         result = self.env.reset(seed=seed, options=options)
-        self._recorder.call(self._begin(result[0], mask, seed))
         self._ended = self._ended & ~mask
         self._remember(result[0])
+        with self._recorder.recording():
+            self._recorder.call(self._begin(result[0], mask, seed))
         return result
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        self._recorder.call()
+        self._recorder.before_step()
         taken = copy.deepcopy(actions)
         result = self.env.step(actions)
         observations, _, terminated, truncated, _ = result
@@ -272,19 +296,22 @@ class RecordVectorReplay(gym.vector.VectorWrapper[Any, Any, Any, Any, Any]):
             begun, mask = ended, np.ones(self.num_envs, bool)
         else:
             begun, mask = np.zeros(self.num_envs, bool), np.ones(self.num_envs, bool)
-        calls = [self._append(taken, result, mask)] if mask.any() else []
-        if begun.any():
-            calls.append(self._begin(observations, begun, None))
-        self._recorder.call(*calls)
-        self._ended = ended
-        self._remember(observations)
+        with self._recorder.recording():
+            calls = [self._append(taken, result, mask)] if mask.any() else []
+            if begun.any():
+                calls.append(self._begin(observations, begun, None))
+            self._ended = ended
+            self._remember(observations)
+            self._recorder.call(*calls)
         return result
 
     def _append(self, actions: Any, result: Any, mask: np.ndarray) -> Callable[[], None]:
         observations, rewards, terminated, truncated, infos = result
         recorder = self._recorder
         if self._mode is AutoresetMode.SAME_STEP and (terminated | truncated).any():
-            observations, infos = _with_final(observations, infos, terminated | truncated)
+            observations, infos = _with_final(
+                observations, infos, terminated | truncated, recorder.observation_names
+            )
         if recorder.stack is not None:
             recorder.check_stack(_select(observations, mask), _select(self._before, mask))
         values = (actions, recorder.newest(observations), rewards, terminated, truncated)
@@ -329,23 +356,26 @@ def _select(value: Any, mask: np.ndarray) -> Any:
     return map_leaves(value, lambda leaf: np.asarray(leaf)[mask])
 
 
-def _with_final(observations: Any, infos: Mapping[str, Any], ended: np.ndarray) -> tuple[Any, dict[str, Any]]:
+def _with_final(
+    observations: Any, infos: Mapping[str, Any], ended: np.ndarray, names: Iterable[str]
+) -> tuple[Any, dict[str, Any]]:
     """Put the final observations, and the infos of the last steps, in the place of the reset ones."""
     if "final_obs" not in infos:
         raise UsageError('SAME_STEP autoreset: expected infos["final_obs"] at an episode\'s end')
     observations = copy.deepcopy(observations)
-    for env in np.flatnonzero(ended):
-        for leaf, final in zip(leaves(observations), leaves(infos["final_obs"][env]), strict=True):
-            leaf[env] = final
+    for name in names:
+        for env in np.flatnonzero(ended):
+            leaf_at(observations, name)[env] = leaf_at(infos["final_obs"][env], name)
     return observations, _merged(infos, infos.get("final_info", {}), ended)
 
 
 def _merged(infos: Mapping[str, Any], final: Mapping[str, Any], ended: np.ndarray) -> dict[str, Any]:
+    """The infos, with those of the last steps where an episode has ended."""
     merged = dict(infos)
     for key, value in final.items():
-        if key.startswith("_") or key not in infos:
-            continue
-        if isinstance(value, Mapping):
+        if key not in infos:
+            merged[key] = value
+        elif isinstance(value, Mapping):
             merged[key] = _merged(infos[key], value, ended)
         else:
             merged[key] = np.array(infos[key])

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -59,10 +59,9 @@ def _space_fields(path: str, space: Space) -> list[Field]:
         assert space.shape is not None, space
         return [Field(path, space.shape, space.dtype)]
     if isinstance(space, spaces.Dict):
-        if any(not isinstance(key, str) or key.isdigit() for key in space):
-            raise SchemaError(
-                f"field {path!r}: expected names as keys (numbers are a Tuple's), got {list(space)}"
-            )
+        if any(not isinstance(key, str) or key.isdigit() or "/" in key for key in space):
+            wanted = "names as keys (numbers are a Tuple's, a slash joins names)"
+            raise SchemaError(f"field {path!r}: expected {wanted}, got {list(space)}")
         children: Iterable[tuple[str, Space]] = space.items()
     elif isinstance(space, spaces.Tuple):
         children = ((str(i), child) for i, child in enumerate(space))
@@ -81,17 +80,14 @@ def _paddings(stacked: list[Field], stack: FrameStack) -> list[bytes | None]:
         return [bytes(field.row_nbytes // stack.length) for field in stacked]
     if isinstance(stack.padding, str):
         raise UsageError(f'padding: expected "reset", "zero" or a frame, got {stack.padding!r}')
-    frames = list(leaves(stack.padding))
-    return [np.asarray(leaf, field.dtype).tobytes() for field, leaf in zip(stacked, frames, strict=True)]
+    return [np.asarray(leaf_at(stack.padding, field.name), field.dtype).tobytes() for field in stacked]
 
 
-def leaves(value: Any) -> Iterator[Any]:
-    """The arrays of a nested value, in the order of its fields."""
-    if isinstance(value, (Mapping, tuple)):
-        for child in value.values() if isinstance(value, Mapping) else value:
-            yield from leaves(child)
-    else:
-        yield value
+def leaf_at(value: Any, name: str) -> Any:
+    """The part of a nested value that a field `top/part/…` holds."""
+    for part in name.split("/")[1:]:
+        value = value[int(part)] if isinstance(value, tuple) else value[part]
+    return value
 
 
 def _unstacked(field: Field, length: int, padding: bytes | None) -> Field:
@@ -160,6 +156,8 @@ def vector_spec(envs: gym.vector.VectorEnv[Any, Any, Any]) -> str | None:
     spec = copy.deepcopy(envs.spec)
     if spec is None or spec.kwargs.get("wrappers"):
         return None
+    if spec.kwargs.get("vectorization_mode") == "vector_entry_point":
+        spec.kwargs.pop("max_episode_steps", None)  # make_vec put it there for the vector alone
     for name in ("num_envs", "vectorization_mode", "vector_kwargs", "wrappers"):
         spec.kwargs.pop(name, None)
     return _spec_json(spec)

@@ -78,7 +78,11 @@ class Transition:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UsageError(f"{name}: expected an int from 1, got {value!r}")
-        if not 0 <= self.gamma <= 1:
+        if (
+            isinstance(self.gamma, bool)
+            or not isinstance(self.gamma, (int, float))
+            or not 0 <= self.gamma <= 1
+        ):
             raise UsageError(f"gamma: expected a number from 0 to 1, got {self.gamma!r}")
 
     def rows(self, places: Places) -> RowTimes:
