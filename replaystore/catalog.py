@@ -9,7 +9,7 @@ import pyarrow as pa
 from replaystore.episodes import episode_schema, integers, open_part, part_path
 from replaystore.errors import CorruptionError, StoreGone
 from replaystore.files import list_directory
-from replaystore.head import HEAD, Head, check_episodes, decode_head, encode_head, read_head
+from replaystore.head import HEAD, SPARE, Head, check_episodes, decode_head, encode_head, read_head
 from replaystore.index import EpisodeIndex
 from replaystore.reader import stream_path
 from replaystore.schema import Schema
@@ -43,7 +43,7 @@ class Catalog:
             try:
                 heads[stream] = read_head(path)
             except CorruptionError:
-                if stream in self.heads or (path / HEAD).exists():
+                if stream in self.heads or (path / HEAD).exists() or (path / SPARE).exists():
                     raise
         return heads
 

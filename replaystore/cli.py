@@ -1,4 +1,4 @@
-"""The command line: `replaystore record | info`, each with `--help`."""
+"""The command line: `replaystore record | info | verify | repair`, each with `--help`."""
 
 import argparse
 import importlib.util
@@ -15,7 +15,9 @@ from tqdm import tqdm
 from replaystore.episodes import integers
 from replaystore.errors import ReplayStoreError, UsageError
 from replaystore.recorder import RecordReplay, RecordVectorReplay
+from replaystore.repair import repair
 from replaystore.store import ReplayStore
+from replaystore.verify import Finding, count_files, verify
 
 Policy = Callable[[Any], Any]
 
@@ -53,6 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="say what a store holds")
     info.add_argument("path", type=Path)
     info.set_defaults(run=_info)
+    check = commands.add_parser(
+        "verify", help="read every byte, and name what is damaged; exit status 1 if any"
+    )
+    check.add_argument("path", type=Path)
+    check.set_defaults(run=_verify)
+    mend = commands.add_parser("repair", help="keep what is intact, move the rest to PATH.dropped")
+    mend.add_argument("path", type=Path)
+    mend.add_argument("--yes", action="store_true", help="do not ask before changing anything")
+    mend.set_defaults(run=_repair)
     return parser
 
 
@@ -148,3 +159,32 @@ def _info(options: argparse.Namespace) -> int:
     width = max(len(name) for name, _ in rows)
     sys.stdout.write("".join(f"{name:<{width}}  {value}\n" for name, value in rows))
     return 0
+
+
+def _findings(path: Path) -> list[Finding]:
+    """Verify a store with a progress bar; prints one line a finding."""
+    if not path.is_dir():
+        raise UsageError(f"{path}: expected a directory")
+    with tqdm(total=count_files(path), unit="file", leave=False) as bar:
+        findings = list(verify(path, bar.update))
+    for finding in findings:
+        sys.stdout.write(f"{finding}\n")
+    return findings
+
+
+def _verify(options: argparse.Namespace) -> int:
+    findings = _findings(options.path)
+    sys.stdout.write(f"{options.path}: {len(findings) or 'nothing'} found wrong\n")
+    return 1 if findings else 0
+
+
+def _repair(options: argparse.Namespace) -> int:
+    findings = _findings(options.path)
+    if not findings:
+        sys.stdout.write(f"{options.path}: nothing to repair\n")
+        return 0
+    if not options.yes and input(f"repair {options.path}? Damaged streams are moved aside. [y/N] ") != "y":
+        return 1
+    for repaired in repair(options.path, findings):
+        sys.stdout.write(f"{repaired}\n")
+    return 1 if _findings(options.path) else 0

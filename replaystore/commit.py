@@ -169,17 +169,25 @@ class StreamCommitter:
                 self._lengths[field.name] = length
 
 
-def create_stream(path: Path, schema: Schema, head: Head) -> None:
-    """Write a stream's metadata and its first commit, which names nothing yet."""
-    write_atomic(path / "zarr.json", render_group())
+def create_stream(path: Path, schema: Schema, head: Head, root: bytes) -> None:
+    """Write a stream's metadata and its first commit, which names nothing yet.
+
+    The stream's `zarr.json` is a copy of the root's, so that either can be made from the other.
+    """
+    render_stream(path, schema, head, root)
+    write_head(path, head, schema)
+
+
+def render_stream(path: Path, schema: Schema, head: Head, root: bytes) -> None:
+    """Write the metadata of a stream, its groups and its arrays."""
+    write_atomic(path / "zarr.json", root)
     for field in schema.fields:
         array = path / field.name
         make_parents(array / "zarr.json", path)
-        data = render_array(schema, field, num_envs=head.num_envs, length=0)
+        data = render_array(schema, field, num_envs=head.num_envs, length=int(head.rows.max()))
         write_atomic(array / "zarr.json", data)
         for parent in list(array.relative_to(path).parents)[:-1]:
             write_atomic(path / parent / "zarr.json", render_group())
-    write_head(path, head, schema)
 
 
 def _with_files(head: Head, changed: Mapping[str, list[FileState]]) -> Head:

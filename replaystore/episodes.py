@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from replaystore.codec import crc32c
 from replaystore.errors import CorruptionError, SchemaError, UsageError
-from replaystore.files import FileState, map_whole, write_atomic
+from replaystore.files import FileState, map_whole, read_bytes, write_atomic
 from replaystore.schema import Schema
 
 PART_EPISODES = 4096  # unsealed episodes, which every commit writes again, before a part is sealed
@@ -108,10 +108,22 @@ def open_part(stream: Path, state: FileState, schema: pa.Schema) -> pa.Table:
     """Map a sealed part and check it."""
     path = part_path(stream, state.number)
     data = map_whole(path)
+    _check_part(data, state, path)
+    return decode_table(data, schema, path)
+
+
+def read_part(stream: Path, state: FileState) -> bytes:
+    """The checked bytes of a sealed part, not mapped."""
+    path = part_path(stream, state.number)
+    data = read_bytes(path, state.nbytes)
+    _check_part(data, state, path)
+    return data
+
+
+def _check_part(data: Any, state: FileState, path: Path) -> None:
     if len(data) != state.nbytes or crc32c(data) != state.crc32c:
         expected = f"{state.nbytes} bytes of checksum {state.crc32c:08x}"
         raise CorruptionError(f"{path}: expected {expected}, found {len(data)} bytes or another checksum")
-    return decode_table(data, schema, path)
 
 
 class OpenEpisode:

@@ -17,7 +17,7 @@ CHUNK_BYTES = 65536  # decoded bytes of a packed chunk: about as far back as lz4
 MAX_ROW_BYTES = 1 << 28
 DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
           "float16", "float32", "float64")  # fmt: skip
-RESERVED = {"index", "lock", "head.arrow", "zarr.json", "c"}
+RESERVED = {"index", "lock", "head.arrow", "head.spare.arrow", "zarr.json", "c"}
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _CODEC = re.compile(r"flat|blosc-(lz4|lz4hc|zstd)-([1-9])(-shuffle|-bitshuffle)?")

@@ -97,13 +97,19 @@ def write_new(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
-def _write_partial(path: Path, data: bytes) -> Path:
+def write_spare(path: Path, data: bytes) -> None:
+    """Replace a file that nothing depends on: it is not synced, so a power cut may take it."""
+    os.replace(_write_partial(path, data, sync=False), path)
+
+
+def _write_partial(path: Path, data: bytes, *, sync: bool = True) -> Path:
     partial = path.with_name(f"{path.name}.{os.getpid()}-{next(_counter)}{PARTIAL}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
     try:
         try:
             write_at(descriptor, data, 0)
-            os.fsync(descriptor)
+            if sync:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except BaseException:
@@ -134,6 +140,26 @@ def remove(path: Path) -> None:
     """Unlink a file that may be gone already."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or directory on the same file system, durably; nothing is replaced."""
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target}: already there")
+    os.rename(source, target)
+    sync_directory(target.parent)
+    sync_directory(source.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and all in it; links are removed, never followed."""
+    for name in os.listdir(path):
+        child = path / name
+        if child.is_dir() and not child.is_symlink():
+            remove_tree(child)
+        else:
+            os.unlink(child)
+    os.rmdir(path)
 
 
 def size_of(path: Path) -> int:

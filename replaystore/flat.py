@@ -28,6 +28,19 @@ class FlatState(NamedTuple):
     crc32c: int
 
 
+def committed_checksum(cells: np.ndarray, rows: np.ndarray) -> int:
+    """The checksum of a file's cells `(time, env, *shape)` that has `rows` of each environment."""
+    shortest = int(np.clip(rows.min(), 0, len(cells)))
+    ragged = cells[shortest:].copy()
+    for env, end in enumerate(rows.tolist()):
+        ragged[max(0, end - shortest) :, env] = 0
+    return crc32c(_as_bytes(ragged), crc32c(_as_bytes(cells[:shortest])))
+
+
+def _as_bytes(cells: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(cells).reshape(-1).view(np.uint8)
+
+
 class FlatWriter:
     """Appends rows to one flat array of a stream."""
 

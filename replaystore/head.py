@@ -26,10 +26,11 @@ import pyarrow as pa
 from replaystore.codec import crc32c
 from replaystore.episodes import decode_table, encode_table, episode_schema, integers
 from replaystore.errors import CorruptionError
-from replaystore.files import FileState, read_bytes, write_atomic
+from replaystore.files import FileState, read_bytes, write_atomic, write_spare
 from replaystore.schema import MAX_NUM_ENVS, Schema
 
 HEAD = "head.arrow"
+SPARE = "head.spare.arrow"
 MAX_HEAD_BYTES = 1 << 30
 _MARK = b"replaystore-crc32c:"
 _ZEROS = b"00000000"
@@ -166,11 +167,11 @@ def _check_files(head: Head, schema: Schema, path: Path) -> None:
             raise CorruptionError(f"{path}: field {field.name!r}: expected files of at least one byte")
 
 
-def write_head(stream: Path, head: Head, schema: Schema) -> bytes:
-    """Commit: everything the head names must be synced before. Returns the head's bytes."""
+def write_head(stream: Path, head: Head, schema: Schema) -> None:
+    """Commit: everything the head names must be synced before. A copy is kept for repairs."""
     data = encode_head(head, schema)
     write_atomic(stream / HEAD, data)
-    return data
+    write_spare(stream / SPARE, data)
 
 
 def read_head(stream: Path) -> bytes:

@@ -42,6 +42,12 @@ def render_group() -> bytes:
     return json.dumps(_GROUP | {"attributes": {}}, indent=2).encode()
 
 
+def parse_stream(data: bytes, path: str, schema: Schema) -> None:
+    """Raise unless a stream's `zarr.json` is a copy of the root's."""
+    if parse_root(data, path)["schema"].to_json() != schema.to_json():
+        raise FormatError(f"{path}: the stream has another schema than the store")
+
+
 def parse_root(data: bytes, path: str) -> dict[str, Any]:
     """Return the root's attributes with `schema` as a `Schema`; refuse anything else."""
     node = parse_json(data, path)

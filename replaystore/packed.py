@@ -119,15 +119,21 @@ def open_shard(path: Path, state: FileState, chunks: int) -> Shard:
     Raises `CorruptionError` if the file is missing, shorter than committed without having been
     repacked, damaged in its index, or another shard than the one that was committed.
     """
-    whole = map_whole(path)
+    return Shard(path, *find_index(path, map_whole(path), state, chunks))
+
+
+def find_index(path: Path, whole: np.ndarray, state: FileState, chunks: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of a shard as of a commit, and its index; see `open_shard`."""
     for data in (whole[: state.nbytes], whole):
         index = read_index(data, chunks)
         if index is None:
             continue
         present = index[index[:, 1] != ABSENT]
+        if not len(present):
+            continue
         ends = np.array([_chunk_checksum(data, entry) for entry in present[[0, -1]]])
         if _identity(index, ends) == state.crc32c:
-            return Shard(path, data, index)
+            return data, index
     raise CorruptionError(
         f"{path}: expected the shard committed with {state.nbytes} bytes, found {len(whole)} bytes"
         " of another, or a damaged index: run `replaystore verify`"

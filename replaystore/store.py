@@ -31,7 +31,7 @@ from replaystore.files import (
     write_atomic,
     write_new,
 )
-from replaystore.head import HEAD, Head, empty_head, read_head
+from replaystore.head import HEAD, SPARE, Head, empty_head, read_head
 from replaystore.index import Places
 from replaystore.metadata import MAX_METADATA_BYTES, parse_root, render_group, render_root
 from replaystore.reader import Allocate, Reader, Tail, stream_path
@@ -52,7 +52,8 @@ class ReplayStore:
 
     def __init__(self, path: Path, *, heads: Mapping[int, bytes] | None, cache_bytes: int) -> None:
         self.path = path
-        attributes = _read_root(path)
+        self._root = _read_root(path)
+        attributes = parse_root(self._root, str(path / "zarr.json"))
         self.schema: Schema = attributes["schema"]
         self.env_spec: str | None = attributes["env_spec"]
         self.frame_stack: int = attributes["frame_stack"]
@@ -359,8 +360,8 @@ class ReplayStore:
         if lock is None:
             return False
         try:
-            if not (path / HEAD).exists():
-                create_stream(path, self.schema, empty_head(self.schema, num_envs))
+            if not (path / HEAD).exists() and not (path / SPARE).exists():
+                create_stream(path, self.schema, empty_head(self.schema, num_envs), self._root)
             self._load({stream: read_head(path)})
             head = self._catalog.heads[stream]
             if head.num_envs != num_envs:  # made meanwhile by somebody else
@@ -426,12 +427,11 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _read_root(path: Path) -> dict[str, Any]:
+def _read_root(path: Path) -> bytes:
     try:
-        data = read_bytes(path / "zarr.json", MAX_METADATA_BYTES)
+        return read_bytes(path / "zarr.json", MAX_METADATA_BYTES)
     except (CorruptionError, NotADirectoryError) as error:
         raise FormatError(f"{path}: not a replaystore: {error}") from error
-    return parse_root(data, str(path / "zarr.json"))
 
 
 def _make_root(path: Path, data: bytes) -> None:

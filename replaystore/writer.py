@@ -178,16 +178,24 @@ class StreamWriter:
                 self._end(env, terminated[env], truncated[env])
 
     def add_episode(
-        self, values: Mapping[str, Any], *, seed: int | None, policy: str | None, columns: Mapping[str, Any]
+        self,
+        values: Mapping[str, Any],
+        *,
+        env: int | None = None,
+        seed: int | None,
+        policy: str | None,
+        columns: Mapping[str, Any],
     ) -> None:
-        """Append a whole episode: observations (L+1, …), the rest (L, …).
+        """Append a whole episode to a column, by default the shortest.
+
+        Observations are (L+1, …), the rest (L, …).
 
         One that is longer than the ring is committed in parts; if that fails, the parts before
         stay as an incomplete episode.
         """
         with self.lock:
             self._check_usable()
-            env = int(np.argmin(self._rows))
+            env = int(np.argmin(self._rows)) if env is None else env
             if self._open[env] is not None:
                 raise UsageError("add_episode while an episode is open: finish it with step or reset first")
             arrays = self._accept_episode(values)

@@ -1,0 +1,245 @@
+"""Reads every byte of a store and says what is wrong with it.
+
+Files are read, not mapped, and nothing is written. A finding names a file, what was expected and
+found, and the rows that cannot be trusted for it; `repair.py` keeps the others.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from replaystore.codec import ChunkCodec
+from replaystore.episodes import decode_table, episode_schema, integers, part_path, read_part
+from replaystore.errors import ReplayStoreError
+from replaystore.field import Field
+from replaystore.files import chunk_path, list_directory, read_bytes
+from replaystore.flat import committed_checksum
+from replaystore.head import HEAD, SPARE, Head, check_episodes, decode_head, read_head
+from replaystore.metadata import MAX_METADATA_BYTES, check_array, check_group, parse_root, parse_stream
+from replaystore.packed import ABSENT, MAX_SHARD_BYTES, find_index
+from replaystore.reader import stream_path
+from replaystore.schema import Schema
+
+Progress = Callable[[], None]
+UNKNOWN_EPISODES = "index"  # in the place of a field: rows whose episodes are not known
+EVERYTHING = np.iinfo(np.int64).max
+
+
+class Finding(NamedTuple):
+    """Something wrong: where, what, and the rows `start` to `stop` that it spoils.
+
+    `stream` is None if it concerns the whole store, `env` None if every environment. Findings
+    that spoil no row (`stop` is 0) are of files that can be made anew.
+    """
+
+    path: Path
+    problem: str
+    stream: int | None = None
+    field: str | None = None
+    env: int | None = None
+    start: int = 0
+    stop: int = 0
+
+    def __str__(self) -> str:
+        return self.problem if str(self.path) in self.problem else f"{self.path}: {self.problem}"
+
+    @property
+    def spoils(self) -> bool:
+        """Whether rows or episodes are lost by it."""
+        return self.stop > self.start
+
+
+def stream_numbers(root: Path) -> list[int]:
+    """The streams that have a first commit."""
+    names = [name for name in list_directory(root / "streams") if len(name) == 6 and name.isdigit()]
+    return [
+        int(name)
+        for name in names
+        if any((root / "streams" / name / head).exists() for head in (HEAD, SPARE))
+    ]
+
+
+def verify(root: Path, progress: Progress = lambda: None) -> Iterator[Finding]:
+    """Find everything that is wrong with a store; `progress` is called once a file."""
+    try:
+        schema = read_schema(root)
+    except (ReplayStoreError, OSError) as error:
+        yield Finding(root / "zarr.json", str(error), stop=EVERYTHING)
+        return
+    yield from _group(root / "streams", None)
+    for stream in stream_numbers(root):
+        yield from verify_stream(root, stream, schema, progress)
+
+
+def read_schema(root: Path) -> Schema:
+    path = root / "zarr.json"
+    schema: Schema = parse_root(read_bytes(path, MAX_METADATA_BYTES), str(path))["schema"]
+    return schema
+
+
+def count_files(root: Path) -> int:
+    """How often `verify` will report progress, as far as the heads can be read."""
+    total = 0
+    try:
+        schema = read_schema(root)
+        for stream in stream_numbers(root):
+            path = stream_path(root, stream)
+            head = decode_head(read_head(path), schema, path / HEAD)
+            total += sum(len(files) for files in head.files.values())
+    except (ReplayStoreError, OSError):
+        return total  # `verify` says why
+    return total
+
+
+def verify_stream(
+    root: Path, stream: int, schema: Schema, progress: Progress = lambda: None
+) -> Iterator[Finding]:
+    """Find everything that is wrong with one stream."""
+    path = stream_path(root, stream)
+    try:
+        head = decode_head(read_head(path), schema, path / HEAD)
+    except (ReplayStoreError, OSError) as error:
+        yield Finding(path / HEAD, str(error), stream, stop=EVERYTHING)
+        return
+    yield from _metadata(root, stream, schema, head)
+    tables = []
+    for state in head.parts:
+        part = part_path(path, state.number)
+        try:
+            table = decode_table(read_part(path, state), episode_schema(schema), part)
+            check_episodes(table, head, part)
+            tables.append(table)
+        except (ReplayStoreError, OSError) as error:
+            yield Finding(part, str(error), stream, UNKNOWN_EPISODES, stop=EVERYTHING)
+    episodes = pa.concat_tables([*tables, head.episodes, head.open])
+    yield from _overlaps(path, stream, episodes)
+    for field in schema.fields:
+        check = _packed_file if field.packed else _flat_file
+        for number in sorted(head.files[field.name]):
+            complete = len(tables) == len(head.parts)
+            yield from check(path, stream, schema, field, head, number, episodes if complete else None)
+            progress()
+
+
+def _metadata(root: Path, stream: int, schema: Schema, head: Head) -> Iterator[Finding]:
+    path = stream_path(root, stream)
+    try:
+        parse_stream(read_bytes(path / "zarr.json", MAX_METADATA_BYTES), str(path / "zarr.json"), schema)
+    except (ReplayStoreError, OSError) as error:
+        yield Finding(path / "zarr.json", str(error), stream)
+    groups = {parent for field in schema.fields for parent in list(Path(field.name).parents)[:-1]}
+    for group in sorted(groups):
+        yield from _group(path / group, stream)
+    for field in schema.fields:
+        file = path / field.name / "zarr.json"
+        try:
+            data = read_bytes(file, MAX_METADATA_BYTES)
+            length = check_array(data, str(file), schema, field, num_envs=head.num_envs)
+        except (ReplayStoreError, OSError) as error:
+            yield Finding(file, str(error), stream)
+            continue
+        if length < head.rows.max():
+            problem = f"expected a length of at least {head.rows.max()} rows, found {length}"
+            yield Finding(file, problem, stream)
+
+
+def _group(path: Path, stream: int | None) -> Iterator[Finding]:
+    file = path / "zarr.json"
+    try:
+        check_group(read_bytes(file, MAX_METADATA_BYTES), str(file))
+    except (ReplayStoreError, OSError) as error:
+        yield Finding(file, str(error), stream)
+
+
+def _overlaps(path: Path, stream: int, episodes: pa.Table) -> Iterator[Finding]:
+    env, first, length = (integers(episodes, name) for name in ("env", "first_row", "length"))
+    order = np.lexsort((first, env))
+    env, first, last = env[order], first[order], (first + length)[order]
+    for i in np.flatnonzero((np.diff(env) == 0) & (first[1:] <= last[:-1])):
+        problem = f"episodes overlap at row {first[i + 1]} of environment {env[i]}"
+        yield Finding(path / HEAD, problem, stream, None, int(env[i]), int(first[i + 1]), int(last[i]) + 1)
+
+
+def _flat_file(
+    path: Path,
+    stream: int,
+    schema: Schema,
+    field: Field,
+    head: Head,
+    number: int,
+    episodes: pa.Table | None,
+) -> Iterator[Finding]:
+    size = schema.shard_rows(field, head.num_envs)
+    file = chunk_path(path / field.name, number, 2 + len(field.shape))
+    start, rows = number * size, head.field_rows(schema, field.name)
+    stop = min(start + size, int(rows.max()))
+    spoiled = (stream, field.name, None, start, stop)
+    state = head.files[field.name][number]
+    whole = size * head.num_envs * field.row_nbytes
+    try:
+        data = read_bytes(file, whole)
+    except (ReplayStoreError, OSError) as error:
+        yield Finding(file, str(error), *spoiled)
+        return
+    if len(data) != whole:
+        yield Finding(file, f"expected {whole} bytes, found {len(data)}", *spoiled)
+        return
+    cells = np.frombuffer(data, field.dtype).reshape(size, head.num_envs, *field.shape)[: stop - start]
+    found = committed_checksum(cells, rows - start)
+    if cells.nbytes != state.nbytes or found != state.crc32c:
+        problem = f"expected checksum {state.crc32c:08x} over {state.nbytes} bytes, found {found:08x}"
+        yield Finding(file, problem, *spoiled)
+    elif episodes is not None and field.name in ("terminated", "truncated"):
+        yield from _flags(file, stream, field.name, cells, start, episodes)
+
+
+def _flags(
+    file: Path, stream: int, name: str, cells: np.ndarray, start: int, episodes: pa.Table
+) -> Iterator[Finding]:
+    """The flags of the rows and of the index must be the same, both ways."""
+    env, first, length = (integers(episodes, column) for column in ("env", "first_row", "length"))
+    row = first + length - 1 - start
+    here = (row >= 0) & (row < len(cells)) & (length > 0)
+    expected = np.zeros(cells.shape, bool)
+    expected[row[here], env[here]] = episodes.column(name).to_numpy()[here]
+    for time, column in np.argwhere(expected != cells.view(bool)):
+        where = f"row {start + time} of environment {column}"
+        problem = f"{where}: the index says {expected[time, column]}, the array {cells[time, column]}"
+        yield Finding(file, problem, stream, name, int(column), int(start + time), int(start + time) + 1)
+
+
+def _packed_file(
+    path: Path,
+    stream: int,
+    schema: Schema,
+    field: Field,
+    head: Head,
+    number: int,
+    episodes: pa.Table | None,
+) -> Iterator[Finding]:
+    num_envs, size = head.num_envs, field.chunk_rows
+    env_chunks = schema.env_chunks(num_envs)
+    file = chunk_path(path / field.name, number, 2 + len(field.shape))
+    start, rows = number * env_chunks * size, head.field_rows(schema, field.name)
+    try:
+        data = np.frombuffer(read_bytes(file, MAX_SHARD_BYTES), np.uint8)
+        data, index = find_index(file, data, head.files[field.name][number], env_chunks * num_envs)
+    except (ReplayStoreError, OSError) as error:
+        stop = min(start + env_chunks * size, int(rows.max()))
+        yield Finding(file, str(error), stream, field.name, None, start, stop)
+        return
+    codec, chunk = ChunkCodec(field), np.empty((size, *field.shape), field.dtype)
+    for i, (offset, nbytes) in enumerate(index.tolist()):
+        first, env = start + i // num_envs * size, i % num_envs
+        if first >= rows[env]:
+            continue
+        try:
+            encoded = b"" if nbytes == ABSENT else data[offset : offset + nbytes].tobytes()
+            codec.decode(encoded, chunk.ctypes.data)
+        except ReplayStoreError as error:
+            stop = min(first + size, int(rows[env]))
+            problem = f"chunk {i} (rows {first} to {stop - 1} of environment {env}): {error}"
+            yield Finding(file, problem, stream, field.name, env, first, stop)
