@@ -7,7 +7,7 @@ for itself and decodes straight into the shared memory that it hands over.
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,15 +39,22 @@ class ReplayDataset(Dataset[Tensors]):
         self._path = os.path.abspath(path)
         self._cache_bytes = cache_bytes
         self._store: ReplayStore | None = None
+        self._refreshed = -1
         self.refresh()
 
     def refresh(self) -> None:
-        """Move to the store's newest commit."""
+        """Move to the store's newest commit. Loaders with persistent workers must be made anew."""
         if self._store is not None:
             self._store.close()
         self._store = ReplayStore.open(self._path, cache_bytes=self._cache_bytes)
         self._heads = self._store.snapshot
         self._length = len(self._store)
+        self._refreshed += 1
+
+    @property
+    def refreshed(self) -> int:
+        """How often the dataset has moved to a newer commit."""
+        return self._refreshed
 
     @property
     def store(self) -> ReplayStore:
@@ -67,7 +74,13 @@ class ReplayDataset(Dataset[Tensors]):
         item: Tensors = _map_arrays(batch, lambda tensor: tensor[0])
         return item
 
-    def __getitems__(self, numbers: Sequence[int] | np.ndarray) -> "Items":
+    def __getitems__(self, numbers: "Sequence[int] | np.ndarray | _Numbers") -> "Items":
+        if isinstance(numbers, _Numbers):
+            if numbers.refreshed != self._refreshed:
+                raise UsageError(
+                    "the dataset was refreshed, but persistent workers hold the old commit: make a new loader"
+                )
+            numbers = numbers.numbers
         return Items(self.batch(np.asarray(numbers)))
 
     def batch(self, numbers: np.ndarray) -> Tensors:
@@ -121,6 +134,13 @@ class Items(Sequence[Tensors]):
         return _map_arrays(self.batch, lambda tensor: tensor[number])
 
 
+class _Numbers(NamedTuple):
+    """The transitions of a batch, and the commit of the dataset that they count in."""
+
+    numbers: np.ndarray
+    refreshed: int
+
+
 class _Batches(Sampler[Any]):
     """The numbers of each batch of an epoch."""
 
@@ -144,7 +164,8 @@ class _Batches(Sampler[Any]):
         length = len(self._dataset)
         order = np.arange(length) if self._rng is None else self._rng.permutation(length)
         for batch in range(len(self)):
-            yield order[batch * self._batch_size : (batch + 1) * self._batch_size]
+            numbers = order[batch * self._batch_size : (batch + 1) * self._batch_size]
+            yield _Numbers(numbers, self._dataset.refreshed)
 
 
 class _Memory:

@@ -146,7 +146,7 @@ def check_seeds(seed: Any, num_envs: int) -> list[int | None]:
     """One seed per environment; a single one counts up, as gymnasium's vector envs do."""
     if seed is None:
         return [None] * num_envs
-    if isinstance(seed, (int, np.integer)):
+    if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
         return [check_seed(int(seed) + i) for i in range(num_envs)]
     if not isinstance(seed, (list, tuple, np.ndarray)) or len(seed) != num_envs:
         raise UsageError(f"seed: expected an int or {num_envs} of them, got {seed!r}")

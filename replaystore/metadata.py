@@ -69,11 +69,14 @@ def parse_root(data: bytes, path: str) -> dict[str, Any]:
 
 
 def _checked(content: dict[str, Any], path: str) -> dict[str, Any]:
-    spec, frames = content.get("env_spec"), content.get("frame_stack")
+    expected = {"format_version", "schema", "env_spec", "frame_stack"}
+    if content.keys() != expected:
+        raise FormatError(f"{path}: expected the attributes {sorted(expected)}, found {sorted(content)}")
+    spec, frames = content["env_spec"], content["frame_stack"]
     if not isinstance(spec, str | None) or type(frames) is not int or frames < 1:
         raise FormatError(f"{path}: expected an environment spec and a frame stack, found {frames!r}")
     try:
-        return content | {"schema": Schema.from_json(content.get("schema"))}
+        return content | {"schema": Schema.from_json(content["schema"])}
     except (SchemaError, LimitError) as error:
         raise FormatError(f"{path}: {error}") from error
 

@@ -262,14 +262,16 @@ class PackedColumn:
     def _open(self, stream: int, number: int) -> Shard:
         head, name = self._spaces[stream].head, self._field.name
         path = chunk_path(stream_path(self._root, stream) / name, number, 2 + len(self._field.shape))
-        chunks = self._schema.env_chunks(head.num_envs) * head.num_envs
-        try:
-            shard = open_shard(path, head.files[name][number], chunks)
-        except CorruptionError:
-            newest = self._newest_head(stream)
-            if newest.commit <= head.commit:
-                raise
-            shard = open_shard(path, newest.files[name][number], chunks)  # it was repacked since
+        shard = None
+        while shard is None:
+            try:
+                chunks = self._schema.env_chunks(head.num_envs) * head.num_envs
+                shard = open_shard(path, head.files[name][number], chunks)
+            except CorruptionError:
+                newest = self._newest_head(stream)
+                if newest.commit <= head.commit:
+                    raise
+                head = newest  # its writer has repacked the shard since
         if len(self._shards) >= MAX_SHARDS:
             self._shards.pop(next(iter(self._shards)))
         self._shards[stream, number] = shard

@@ -6,7 +6,6 @@ into the values of its fields, `nest` turns arrays back into the nested form: a 
 children are named 0, 1, … is a tuple, any other a dict.
 """
 
-import binascii
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -22,6 +21,9 @@ SHARD_CHUNKS = 1024  # chunks of all environments in a shard of a packed field
 MAX_FILE_ROWS = 1 << 30
 MAX_FIELDS = 1000
 MAX_NUM_ENVS = 65536
+FIXED_COLUMNS = (
+    "stream", "env", "first_row", "length", "terminated", "truncated", "return", "seed", "start_time", "policy"
+)  # fmt: skip
 COLUMN_DTYPES = ("bool", "int64", "float64", "string")
 REQUIRED = ("observation", "action", "reward", "terminated", "truncated")
 
@@ -123,9 +125,12 @@ class Schema:
         try:
             fields = [Field.from_json(**entry) for entry in data["fields"]]
             sizes = {name: data[name] for name in ("file_rows", "shard_chunks")}
-            return cls(fields, data["columns"], **sizes)
-        except (TypeError, KeyError, AttributeError, binascii.Error) as error:
+            schema = cls(fields, data["columns"], **sizes)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise SchemaError(f"expected a schema of fields and columns: {error!r}") from error
+        if schema.to_json() != data:
+            raise SchemaError("expected a schema as it is written, found other or missing values")
+        return schema
 
     def time_chunk(self, num_envs: int) -> int:
         """Rows of one environment in a flat file: a power of two, whole pages for any dtype."""
@@ -160,8 +165,10 @@ class Schema:
         if len(self.columns) > MAX_FIELDS:
             raise LimitError(f"expected at most {MAX_FIELDS} episode columns, got {len(self.columns)}")
         for name, dtype in self.columns.items():
-            if not isinstance(name, str) or not name.isidentifier() or name in self._trees:
-                raise SchemaError(f"episode column {name!r}: expected a name that is no field's")
+            taken = name in self._trees or name in FIXED_COLUMNS
+            if not isinstance(name, str) or not name.isidentifier() or not name.isascii() or taken:
+                others = f"no field's and none of {', '.join(FIXED_COLUMNS)}"
+                raise SchemaError(f"episode column {name!r}: expected a name that is {others}")
             if dtype not in COLUMN_DTYPES:
                 raise SchemaError(f"episode column {name!r}: expected one of {COLUMN_DTYPES}, got {dtype!r}")
 

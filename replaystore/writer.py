@@ -434,12 +434,13 @@ class StreamWriter:
         """Commit once; False when the writer is closed. A failure goes to the next caller."""
         with self.lock:
             asked, final, stopped = self._asked, self._closing, self._stopped
-            changes, pending = self._changes, self._pending()
         if stopped:
             return False
         failure = None
         try:
             committer = self._committer or self._recover()
+            with self.lock:
+                changes, pending = self._changes, self._pending()
             if changes != self._committed_changes:
                 self._adopt(committer.commit(pending, self._ring), changes)
             self._adopt(committer.tidy(final=final), changes)
