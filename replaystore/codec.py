@@ -22,7 +22,10 @@ from replaystore.field import Field
 numcodecs.blosc.use_threads = False
 
 SHUFFLES = {"": 0, "-shuffle": 1, "-bitshuffle": 2}
-_HEADER = struct.Struct("<4x3I")
+RESIDUE = 0x48674BC7  # the crc32c of any bytes followed by their own crc32c
+
+_HEADER = struct.Struct("<4xI4xI")
+_checksum = google_crc32c.value
 
 
 def crc32c(data: Any, crc: int = 0) -> int:
@@ -55,18 +58,19 @@ class ChunkCodec:
 
         Raises `CorruptionError` before anything is written there if a byte is not as it was.
         """
-        frame = encoded[:-4]
-        if len(encoded) < 20 or google_crc32c.value(frame) != int.from_bytes(encoded[-4:], "little"):
+        if _checksum(encoded) != RESIDUE or len(encoded) < 20:
             raise CorruptionError("the chunk's checksum does not match its bytes")
-        nbytes, _, frame_nbytes = _HEADER.unpack_from(frame)
-        if nbytes != self._nbytes or frame_nbytes != len(frame):
-            found = f"a frame of {frame_nbytes} bytes for {nbytes}"
-            raise CorruptionError(f"expected a frame of {len(frame)} bytes for {self._nbytes}, found {found}")
-        if _decompress(frame, address, nbytes) != nbytes:
+        expected = (self._nbytes, len(encoded) - 4)
+        if _HEADER.unpack_from(encoded) != expected:
+            found = _HEADER.unpack_from(encoded)
+            raise CorruptionError(f"expected a frame of {expected} bytes, decoded and encoded, found {found}")
+        if _decompress(encoded, address, self._nbytes, 1) != self._nbytes:
             raise CorruptionError("blosc cannot decompress the chunk")
 
 
-def _decompress_by_numcodecs(frame: bytes, address: int, nbytes: int) -> int:
+def _decompress_by_numcodecs(frame: bytes, address: int, nbytes: int, threads: int) -> int:
+    """Like blosc's own function; the frame may have bytes behind it."""
+    frame = frame[: _HEADER.unpack_from(frame)[1]]
     memory = (ctypes.c_ubyte * nbytes).from_address(address)
     try:
         numcodecs.blosc.decompress(frame, memory)
@@ -85,7 +89,7 @@ def _load_decompress() -> Any:
         return _decompress_by_numcodecs
     function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     function.restype = ctypes.c_int
-    return lambda frame, address, nbytes: function(frame, address, nbytes, 1)
+    return function
 
 
 _decompress = _load_decompress()

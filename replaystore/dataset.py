@@ -160,7 +160,7 @@ class _Batches(Sampler[Any]):
         batches = len(self._dataset) / self._batch_size
         return math.floor(batches) if self._drop_last else math.ceil(batches)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[_Numbers]:
         length = len(self._dataset)
         order = np.arange(length) if self._rng is None else self._rng.permutation(length)
         for batch in range(len(self)):

@@ -26,6 +26,8 @@ from replaystore.schema import Schema
 SLICE_ROWS = 160  # decoded and gathered while in cache: 32 items of five frames
 MAX_SHARDS = 8192  # mapped at once, of the 65,530 maps that Linux allows a process
 
+NOTHING = -1  # in a slot; as an index, the last entry, which no chunk has
+
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 
 
@@ -192,29 +194,32 @@ class PackedColumn:
         slots = max(SLICE_ROWS, cache_bytes // field.chunk_nbytes)
         self._arena = np.empty((slots * field.chunk_rows, *field.shape), field.dtype)
         self._address = self._arena.ctypes.data
-        self._holds = np.full(slots, -1, np.int64)  # the chunk in each slot
-        self._slots = np.zeros(0, np.int32)  # by chunk: 1 + its slot, or 0
+        self._holds = np.full(slots, NOTHING, np.int64)  # the chunk in each slot
+        self._slots = np.zeros(1, np.int32)  # by chunk: 1 + its slot, or 0; the last one is nothing's
         self._hand = 0
         self._spaces: Mapping[int, StreamSpace] = {}
         self._streams = np.zeros(0, np.int64)
         self._bases = np.zeros(0, np.int64)
-        self._shards: dict[tuple[int, int], Shard] = {}
+        self._shard_chunks = np.zeros(0, np.int64)
+        self._shards: dict[int, Shard] = {}  # by the stream's place and the shard's number
 
     def lay_out(self, spaces: Mapping[int, StreamSpace], rows: int) -> None:
         self._spaces = spaces
         self._streams = np.array(list(spaces), np.int64)
         self._bases = np.array([space.base for space in spaces.values()]) // self._field.chunk_rows
-        self._slots = np.zeros(rows // self._field.chunk_rows, np.int32)
-        self._holds[:] = -1
+        widths = np.array([space.head.num_envs for space in spaces.values()])
+        self._shard_chunks = widths * [self._schema.env_chunks(width) for width in widths.tolist()]
+        self._slots = np.zeros(rows // self._field.chunk_rows + 1, np.int32)
+        self._holds[:] = NOTHING
         self._shards.clear()
 
     def update(self, stream: int, space: StreamSpace, old: Head) -> None:
         """Forget the shards and the unfinished chunks that a newer commit changed."""
         name, size = self._field.name, self._field.chunk_rows
-        new_files = space.head.files[name]
+        new_files, place = space.head.files[name], list(self._spaces).index(stream)
         for number, state in old.files[name].items():
             if new_files.get(number) != state:
-                self._shards.pop((stream, number), None)
+                self._shards.pop((place << 32) + number, None)
         rows = old.field_rows(self._schema, name)
         chunks = space.base // size + rows // size * old.num_envs + np.arange(old.num_envs)
         self._slots[chunks[rows % size != 0]] = 0
@@ -233,33 +238,35 @@ class PackedColumn:
             self._arena.take(rows, axis=0, out=out[start:stop], mode="clip")
 
     def _decode(self, chunks: np.ndarray) -> None:
+        """Decode chunks into the next slots of the arena, in the place of what was there."""
+        slots = (self._hand + np.arange(len(chunks))) % len(self._holds)
+        evicted = self._holds[slots]
+        self._slots[evicted[self._slots[evicted] == slots + 1]] = 0
+        self._holds[slots] = NOTHING
         place = self._bases.searchsorted(chunks, side="right") - 1
-        streams = self._streams[place].tolist()
-        numbers = (chunks - self._bases[place]).tolist()
-        for chunk, stream, number in zip(chunks.tolist(), streams, numbers, strict=True):
-            slot = self._hand
-            evicted = self._holds[slot]
-            if evicted >= 0 and self._slots[evicted] == slot + 1:
-                self._slots[evicted] = 0
-            self._holds[slot] = -1
-            self._decode_chunk(stream, number, self._address + slot * self._field.chunk_nbytes)
-            self._holds[slot] = chunk
-            self._slots[chunk] = slot + 1
-            self._hand = (slot + 1) % len(self._holds)
+        shard, within = np.divmod(chunks - self._bases[place], self._shard_chunks[place])
+        addresses = self._address + slots * self._field.chunk_nbytes
+        decode, shards = self._codec.decode, self._shards
+        jobs = ((place << 32) + shard, within, addresses)
+        for key, number, address in zip(*(job.tolist() for job in jobs), strict=True):
+            opened = shards.get(key) or self._open(key)
+            try:
+                decode(opened.chunk(number), address)
+            except CorruptionError as error:
+                raise self._damaged(opened, key, number, error) from error
+        self._holds[slots] = chunks
+        self._slots[chunks] = slots + 1
+        self._hand = int(slots[-1] + 1) % len(self._holds)
 
-    def _decode_chunk(self, stream: int, number: int, address: int) -> None:
-        num_envs = self._spaces[stream].head.num_envs
-        shard_number, within = divmod(number, self._schema.env_chunks(num_envs) * num_envs)
-        shard = self._shards.get((stream, shard_number)) or self._open(stream, shard_number)
-        try:
-            self._codec.decode(shard.chunk(within), address)
-        except CorruptionError as error:
-            size = self._field.chunk_rows
-            first, env = number // num_envs * size, number % num_envs
-            rows = f"rows {first} to {first + size - 1} of environment {env}, stream {stream}"
-            raise CorruptionError(f"{shard.path}: chunk {within} ({rows}): {error}") from error
+    def _damaged(self, shard: Shard, key: int, number: int, error: Exception) -> CorruptionError:
+        stream = int(self._streams[key >> 32])
+        num_envs, size = self._spaces[stream].head.num_envs, self._field.chunk_rows
+        first = ((key & 0xFFFFFFFF) * self._schema.env_chunks(num_envs) + number // num_envs) * size
+        rows = f"rows {first} to {first + size - 1} of environment {number % num_envs}, stream {stream}"
+        return CorruptionError(f"{shard.path}: chunk {number} ({rows}): {error}")
 
-    def _open(self, stream: int, number: int) -> Shard:
+    def _open(self, key: int) -> Shard:
+        stream, number = int(self._streams[key >> 32]), key & 0xFFFFFFFF
         head, name = self._spaces[stream].head, self._field.name
         path = chunk_path(stream_path(self._root, stream) / name, number, 2 + len(self._field.shape))
         shard = None
@@ -274,7 +281,7 @@ class PackedColumn:
                 head = newest  # its writer has repacked the shard since
         if len(self._shards) >= MAX_SHARDS:
             self._shards.pop(next(iter(self._shards)))
-        self._shards[stream, number] = shard
+        self._shards[key] = shard
         return shard
 
     def _newest_head(self, stream: int) -> Head:
