@@ -1,5 +1,6 @@
 """What a store holds, over all its streams: their heads, the index, the table of episodes."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,9 +10,18 @@ import pyarrow as pa
 from replaystore.episodes import episode_schema, integers, open_part, part_path
 from replaystore.errors import CorruptionError, StoreGone
 from replaystore.files import list_directory
-from replaystore.head import HEAD, SPARE, Head, check_episodes, decode_head, encode_head, read_head
+from replaystore.head import (
+    HEAD,
+    SPARE,
+    Head,
+    check_episodes,
+    decode_head,
+    encode_head,
+    older_heads,
+    read_head,
+)
 from replaystore.index import EpisodeIndex
-from replaystore.reader import stream_path
+from replaystore.reader import check_files, stream_path
 from replaystore.schema import Schema
 from replaystore.writer import StreamWriter
 
@@ -46,6 +56,39 @@ class Catalog:
                 if stream in self.heads or (path / HEAD).exists() or (path / SPARE).exists():
                     raise
         return heads
+
+    def choose_heads(self) -> dict[int, bytes]:
+        """For each stream its newest head of which all files are there.
+
+        That is the newest, but in a copy that was made while the store was written: there, with a
+        warning, it may be an older one.
+        """
+        heads = self.read_heads()
+        for stream, data in heads.items():
+            path = stream_path(self._root, stream)
+            newest = decode_head(data, self._schema, path / HEAD)
+            try:
+                check_files(path, newest, self._schema)
+            except CorruptionError as error:
+                heads[stream] = self._older_head(path, newest, error)
+        return heads
+
+    def _older_head(self, path: Path, newest: Head, error: CorruptionError) -> bytes:
+        current = decode_head(read_head(path), self._schema, path / HEAD)
+        for head, data in [(current, read_head(path)), *older_heads(path, self._schema)]:
+            if head.commit == newest.commit:
+                continue
+            try:
+                check_files(path, head, self._schema)
+            except CorruptionError:
+                continue  # an older one may be whole
+            if head.commit < newest.commit:
+                lost = f"commit {head.commit} instead of {newest.commit}: {error}"
+                warnings.warn(
+                    f"{path}: a copy of a store that was being written? Showing {lost}", stacklevel=6
+                )
+            return data
+        raise error
 
     def snapshot(self) -> dict[int, bytes]:
         """The heads of the commit shown, as bytes."""

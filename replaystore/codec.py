@@ -62,8 +62,9 @@ class ChunkCodec:
             raise CorruptionError("the chunk's checksum does not match its bytes")
         expected = (self._nbytes, len(encoded) - 4)
         if _HEADER.unpack_from(encoded) != expected:
-            found = _HEADER.unpack_from(encoded)
-            raise CorruptionError(f"expected a frame of {expected} bytes, decoded and encoded, found {found}")
+            nbytes, frame_nbytes = _HEADER.unpack_from(encoded)
+            wanted = f"expected a frame of {expected[1]} bytes for {expected[0]}"
+            raise CorruptionError(f"{wanted}, found a frame of {frame_nbytes} for {nbytes}")
         if _decompress(encoded, address, self._nbytes, 1) != self._nbytes:
             raise CorruptionError("blosc cannot decompress the chunk")
 

@@ -17,7 +17,7 @@ from replaystore.codec import ChunkCodec
 from replaystore.episodes import PART_EPISODES, Episode, episode_schema, episode_table, write_part
 from replaystore.files import FileState, make_parents, write_atomic
 from replaystore.flat import FlatState, FlatWriter
-from replaystore.head import Head, write_head
+from replaystore.head import Head, forget_older_heads, write_head
 from replaystore.metadata import render_array, render_group
 from replaystore.packed import PackedWriter, ShardState
 from replaystore.ring import Ring
@@ -87,6 +87,7 @@ class StreamCommitter:
             self.head = head
         if final:
             self._render_arrays(int(self.head.rows.max()), exact=True)
+            forget_older_heads(self.path)
         return self.head
 
     def close(self) -> None:

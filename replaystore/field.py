@@ -12,12 +12,13 @@ import numpy as np
 from replaystore.errors import LimitError, SchemaError
 
 FLAT_ROW_BYTES = 512  # rows below this are kept raw and mapped, larger ones are compressed
-CHUNK_BYTES = 65536  # decoded bytes of a packed chunk: about as far back as lz4 looks
+CHUNK_BYTES = 131072  # decoded bytes of a packed chunk, at the most unless one row has more
 
 MAX_ROW_BYTES = 1 << 28
+MAX_CHUNK_ROWS = 4096  # of which a flat file has a multiple
 DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
           "float16", "float32", "float64")  # fmt: skip
-RESERVED = {"index", "lock", "head.arrow", "head.spare.arrow", "zarr.json", "c"}
+RESERVED = {"index", "heads", "lock", "head.arrow", "head.spare.arrow", "zarr.json", "c"}
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _CODEC = re.compile(r"flat|blosc-(lz4|lz4hc|zstd)-([1-9])(-shuffle|-bitshuffle)?")
@@ -145,9 +146,14 @@ class Field:
         if not self.packed:
             return 1
         if chunk_rows is None:
-            return 1 << (max(1, CHUNK_BYTES // self.row_nbytes).bit_length() - 1)
-        if type(chunk_rows) is not int or not 0 < chunk_rows <= 4096 or chunk_rows & (chunk_rows - 1):
-            wanted = "a power of two from 1 to 4096"
+            fitting = min(MAX_CHUNK_ROWS, max(1, CHUNK_BYTES // self.row_nbytes))
+            return 1 << (fitting.bit_length() - 1)
+        if (
+            type(chunk_rows) is not int
+            or not 0 < chunk_rows <= MAX_CHUNK_ROWS
+            or chunk_rows & (chunk_rows - 1)
+        ):
+            wanted = f"a power of two from 1 to {MAX_CHUNK_ROWS}"
             raise SchemaError(f"field {self.name!r}: expected chunk_rows {wanted}, got {chunk_rows!r}")
         if chunk_rows * self.row_nbytes > MAX_ROW_BYTES:
             raise LimitError(

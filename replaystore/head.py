@@ -25,12 +25,21 @@ import pyarrow as pa
 
 from replaystore.codec import crc32c
 from replaystore.episodes import decode_table, encode_table, episode_schema, integers
-from replaystore.errors import CorruptionError
-from replaystore.files import FileState, read_bytes, write_atomic, write_spare
+from replaystore.errors import CorruptionError, LimitError
+from replaystore.files import (
+    FileState,
+    list_directory,
+    make_directory,
+    read_bytes,
+    remove,
+    write_atomic,
+    write_spare,
+)
 from replaystore.schema import MAX_NUM_ENVS, Schema
 
 HEAD = "head.arrow"
 SPARE = "head.spare.arrow"
+HISTORY = "heads"
 MAX_HEAD_BYTES = 1 << 30
 _MARK = b"replaystore-crc32c:"
 _ZEROS = b"00000000"
@@ -135,9 +144,10 @@ def decode_head(data: bytes, schema: Schema, path: Path) -> Head:
         episodes=_episode_table(lists["episodes"], episodes, path),
         open=_episode_table(lists["open"], episodes, path),
     )
-    _check_files(head, schema, path)
     check_episodes(head.episodes, head, path)
     check_episodes(head.open, head, path, shortest=0)
+    _check_open(head, path)
+    _check_files(head, schema, path)
     return head
 
 
@@ -151,6 +161,13 @@ def check_episodes(table: pa.Table, head: Head, path: Path, *, shortest: int = 1
         bad = np.flatnonzero(~good)[0]
         shown = f"{length[bad]} transitions from row {first[bad]} of environment {env[bad]}"
         raise CorruptionError(f"{path}: expected episodes within {head.rows} rows, found {shown}")
+
+
+def _check_open(head: Head, path: Path) -> None:
+    """An open episode is the last of its column, so there is one at the most."""
+    env, first, length = (integers(head.open, name) for name in ("env", "first_row", "length"))
+    if (first + length != head.rows[env] - 1).any() or len(np.unique(env)) != len(env):
+        raise CorruptionError(f"{path}: expected open episodes at the ends of columns")
 
 
 def _check_files(head: Head, schema: Schema, path: Path) -> None:
@@ -168,10 +185,40 @@ def _check_files(head: Head, schema: Schema, path: Path) -> None:
 
 
 def write_head(stream: Path, head: Head, schema: Schema) -> None:
-    """Commit: everything the head names must be synced before. A copy is kept for repairs."""
+    """Commit: everything the head names must be synced before.
+
+    A copy is kept for repairs. Of the heads before, each commit that is a multiple of 2^p stays
+    until two more such multiples are there, for p = 0, 1, …: whenever a copy of the directory was
+    begun, one of them is from before that, and speaks only of files that the copy holds.
+    """
     data = encode_head(head, schema)
     write_atomic(stream / HEAD, data)
     write_spare(stream / SPARE, data)
+    power = 0
+    if not (stream / HISTORY).is_dir():  # many ways of copying leave out empty directories
+        make_directory(stream / HISTORY, exist_ok=True)
+    while head.commit and head.commit % (1 << power) == 0:
+        write_spare(stream / HISTORY / f"{power:02d}-{head.commit >> power & 1}.arrow", data)
+        power += 1
+
+
+def older_heads(stream: Path, schema: Schema) -> list[tuple[Head, bytes]]:
+    """The kept heads that can be read, the newest first."""
+    found = {}
+    for name in list_directory(stream / HISTORY) if (stream / HISTORY).is_dir() else []:
+        path = stream / HISTORY / name
+        try:
+            data = read_bytes(path, MAX_HEAD_BYTES)
+            found[data] = decode_head(data, schema, path)
+        except (CorruptionError, LimitError):
+            continue  # such heads are spares: what cannot be read is none
+    return sorted(((head, data) for data, head in found.items()), key=lambda pair: -pair[0].commit)
+
+
+def forget_older_heads(stream: Path) -> None:
+    """A store that nobody writes needs no older heads."""
+    for name in list_directory(stream / HISTORY) if (stream / HISTORY).is_dir() else []:
+        remove(stream / HISTORY / name)
 
 
 def read_head(stream: Path) -> bytes:

@@ -16,8 +16,8 @@ import numpy as np
 from replaystore.codec import ChunkCodec
 from replaystore.errors import CorruptionError
 from replaystore.field import Field
-from replaystore.files import chunk_path
-from replaystore.flat import FlatColumn
+from replaystore.files import FileState, chunk_path, read_bytes, size_of
+from replaystore.flat import FlatColumn, committed_checksum
 from replaystore.head import HEAD, Head, decode_head, read_head
 from replaystore.index import Places
 from replaystore.packed import Shard, open_shard
@@ -173,6 +173,38 @@ class Reader:
             for number in space.head.files[name].keys() - mapped.keys():
                 array = stream_path(self._root, stream) / name
                 column.place(array, number, row=space.base + number * rows, rows=rows)
+
+
+def check_files(path: Path, head: Head, schema: Schema) -> None:
+    """Raise `CorruptionError` unless a stream's files are there, and those still growing are right.
+
+    Every file's size is looked at; the checksums of flat files that are not full, and the indices
+    of such shards.
+    """
+    for field in schema.fields:
+        size, rows = schema.shard_rows(field, head.num_envs), head.field_rows(schema, field.name)
+        for number, state in head.files[field.name].items():
+            file = chunk_path(path / field.name, number, 2 + len(field.shape))
+            growing = (number + 1) * size > rows.min()
+            if not field.packed:
+                _check_flat(file, field, size, rows - number * size, state, growing)
+            elif growing:
+                open_shard(file, state, schema.env_chunks(head.num_envs) * head.num_envs)
+            elif size_of(file) == 0:
+                raise CorruptionError(f"{file}: expected a shard, found an empty file")
+
+
+def _check_flat(
+    file: Path, field: Field, size: int, rows: np.ndarray, state: FileState, growing: bool
+) -> None:
+    whole = size * len(rows) * field.row_nbytes
+    if size_of(file) != whole:
+        raise CorruptionError(f"{file}: expected {whole} bytes, found {size_of(file)}")
+    if growing:
+        data = np.frombuffer(read_bytes(file, whole)[: state.nbytes], field.dtype)
+        cells = data.reshape(-1, len(rows), *field.shape)
+        if committed_checksum(cells, rows) != state.crc32c:
+            raise CorruptionError(f"{file}: the committed rows' checksum is not {state.crc32c:08x}")
 
 
 def _elsewhere(numbers: np.ndarray, held: np.ndarray | None) -> np.ndarray:

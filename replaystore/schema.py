@@ -126,6 +126,8 @@ class Schema:
             fields = [Field.from_json(**entry) for entry in data["fields"]]
             sizes = {name: data[name] for name in ("file_rows", "shard_chunks")}
             schema = cls(fields, data["columns"], **sizes)
+        except (SchemaError, LimitError):
+            raise
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise SchemaError(f"expected a schema of fields and columns: {error!r}") from error
         if schema.to_json() != data:

@@ -31,10 +31,10 @@ from replaystore.files import (
     write_atomic,
     write_new,
 )
-from replaystore.head import HEAD, SPARE, Head, empty_head, read_head
+from replaystore.head import HEAD, SPARE, Head, decode_head, empty_head, read_head
 from replaystore.index import Places
 from replaystore.metadata import MAX_METADATA_BYTES, parse_root, render_group, render_root
-from replaystore.reader import Allocate, Reader, Tail, stream_path
+from replaystore.reader import Allocate, Reader, Tail, check_files, stream_path
 from replaystore.schema import MAX_NUM_ENVS, Schema
 from replaystore.windows import Batch, Transition
 from replaystore.writer import StreamWriter
@@ -64,7 +64,7 @@ class ReplayStore:
         self._tail: Tail | None = None  # what the writer's ring holds beyond the heads shown
         self._rng = np.random.default_rng()
         self._closed = False
-        self._load(heads if heads is not None else self._catalog.read_heads())
+        self._load(heads if heads is not None else self._catalog.choose_heads())
         _stores.add(self)
 
     @classmethod
@@ -84,6 +84,10 @@ class ReplayStore:
         environment's observations; both are kept for `make_env` and the user.
         """
         _check_num_envs(num_envs)
+        if not isinstance(schema, Schema):
+            raise UsageError(f"schema: expected a Schema, got {schema!r}")
+        if not isinstance(env_spec, str | None):
+            raise UsageError(f"env_spec: expected a str or None, got {env_spec!r}")
         if type(frame_stack) is not int or frame_stack < 1:
             raise UsageError(f"frame_stack: expected an int from 1, got {frame_stack!r}")
         path = Path(os.path.abspath(path))
@@ -173,7 +177,9 @@ class ReplayStore:
     ) -> None:
         """Append a whole episode: L+1 observations, L of every other field."""
         with self._lock:
-            self._writable().add_episode(fields, seed=seed, policy=policy, columns=columns or {})
+            self._writable().add_episode(
+                fields, seed=seed, policy=policy, columns={} if columns is None else columns
+            )
 
     def flush(self) -> None:
         """Return when every row appended before survives a kill and a power cut."""
@@ -276,9 +282,8 @@ class ReplayStore:
             self._catch_up()
             if not len(self._catalog.index):
                 raise UsageError(f"sample: expected at least one transition, {self.path} has none")
-            return self._read(
-                (rng or self._rng).integers(len(self._catalog.index), size=n), window or Transition()
-            )
+            rng = self._rng if rng is None else rng
+            return self._read(rng.integers(len(self._catalog.index), size=n), _window(window))
 
     def read(
         self, numbers: np.ndarray, window: Transition | None = None, *, allocate: Allocate = np.empty
@@ -296,12 +301,10 @@ class ReplayStore:
             if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < length:
                 shown = f"{numbers.min()} to {numbers.max()}"
                 raise UsageError(f"read: expected numbers from 0 to {length - 1}, got {shown}")
-            return self._read(numbers.astype(np.int64), window or Transition(), allocate)
+            return self._read(numbers.astype(np.int64), _window(window), allocate)
 
     def _read(self, numbers: np.ndarray, window: Transition, allocate: Allocate = np.empty) -> Batch:
         """The read path: numbers, places, rows, arrays, batch."""
-        if not isinstance(window, Transition):
-            raise UsageError(f"window: expected a Transition, got {window!r}")
         places = self._catalog.index.locate(numbers)
         rows = window.rows(places)
         times = {field.name: rows.of(field.name) for field in self.schema.fields}
@@ -322,9 +325,15 @@ class ReplayStore:
         return gymnasium.make_vec(spec, kept, **kwargs) if kept else gymnasium.make(spec, **kwargs)
 
     def check(self) -> None:
-        """Raise at the first broken invariant of what is in memory."""
+        """Raise at the first thing that is wrong: sizes, heads, the files still growing, the index.
+
+        Quick; `replaystore verify` reads every byte.
+        """
         with self._lock:
             self._catch_up()
+            for stream, head in self._catalog.heads.items():
+                if self._writer is None or stream != self._writer.number:
+                    check_files(stream_path(self.path, stream), head, self.schema)
             self._catalog.index.check()
             lengths = integers(self.episodes, "length")
             assert lengths.sum() == len(self._catalog.index), (lengths.sum(), len(self._catalog.index))
@@ -362,8 +371,7 @@ class ReplayStore:
         try:
             if not (path / HEAD).exists() and not (path / SPARE).exists():
                 create_stream(path, self.schema, empty_head(self.schema, num_envs), self._root)
-            self._load({stream: read_head(path)})
-            head = self._catalog.heads[stream]
+            head = self._newest_head(stream)
             if head.num_envs != num_envs:  # made meanwhile by somebody else
                 lock.release()
                 return False
@@ -371,10 +379,26 @@ class ReplayStore:
         except BaseException:
             lock.release()
             raise
-        self._refill(writer, head)
+        try:
+            self._refill(writer, head)
+        except BaseException:
+            writer.discard()
+            raise
         writer.start()
         self._writer = self._catalog.writer = writer
         return True
+
+    def _newest_head(self, stream: int) -> Head:
+        """The head to go on from; the stream is locked, so nobody replaces it."""
+        path = stream_path(self.path, stream)
+        known = self._catalog.heads.get(stream)
+        data = read_head(path)
+        if known is not None and decode_head(data, self.schema, path / HEAD).commit > known.commit:
+            data = self._catalog.choose_heads()[stream]
+            if data != read_head(path):
+                write_atomic(path / HEAD, data)  # what this copy lacks is given up
+        self._load({stream: data})
+        return self._catalog.heads[stream]
 
     def _refill(self, writer: StreamWriter, head: Head) -> None:
         for env, (floor, rows) in enumerate(zip(writer.floor_of(head), head.rows, strict=True)):
@@ -432,6 +456,12 @@ def _read_root(path: Path) -> bytes:
         return read_bytes(path / "zarr.json", MAX_METADATA_BYTES)
     except (CorruptionError, NotADirectoryError) as error:
         raise FormatError(f"{path}: not a replaystore: {error}") from error
+
+
+def _window(window: Transition | None) -> Transition:
+    if not isinstance(window, Transition | None):
+        raise UsageError(f"window: expected a Transition, got {window!r}")
+    return Transition() if window is None else window
 
 
 def _make_root(path: Path, data: bytes) -> None:

@@ -115,7 +115,7 @@ class StreamWriter:
             values = {name: self._accept(name, value) for name, value in flat.items()}
             seeds = check_seeds(seed, self._num_envs)
             policy = check_policy(policy)
-            described = [self._columns(columns or {}, env) for env in envs]
+            described = [self._columns({} if columns is None else columns, env) for env in envs]
             for env in envs:
                 self._cut(env)
                 self._catch_up(env)
@@ -310,6 +310,8 @@ class StreamWriter:
         return np.flatnonzero(mask).tolist()
 
     def _columns(self, given: Mapping[str, Any], env: int) -> tuple[Any, ...]:
+        if not isinstance(given, Mapping):
+            raise UsageError(f"columns: expected a dict, got {given!r}")
         unknown = given.keys() - self._schema.columns.keys()
         if unknown:
             raise SchemaError(
@@ -378,6 +380,11 @@ class StreamWriter:
             self._stopped = True
             self._wake.set()
         self._thread.join()
+        self.discard()
+
+    def discard(self) -> None:
+        """Let go of the stream without a commit."""
+        self._closing = self._stopped = True
         self._give_up()
         self._file_lock.release()
 

@@ -1,0 +1,151 @@
+import ctypes
+
+import google_crc32c
+import numcodecs
+import numpy as np
+import pytest
+
+from replaystore import codec as codec_module
+from replaystore.codec import ChunkCodec, _decompress_by_numcodecs, blosc_settings, crc32c
+from replaystore.errors import CorruptionError
+from replaystore.field import Field
+
+CODECS = ["blosc-lz4-1", "blosc-lz4hc-5", "blosc-lz4hc-9-shuffle", "blosc-zstd-3-bitshuffle"]
+
+
+def field_of(codec, dtype="uint8", shape=(20, 20)):
+    return Field("x", shape, dtype, codec=codec, chunk_rows=4)
+
+
+def chunk_of(field, kind="noise"):
+    """A chunk that cannot be compressed, one that can, or zeros."""
+    shape = (field.chunk_rows, *field.shape)
+    if kind == "noise":
+        bits = np.random.default_rng(0).integers(0, 256, size=field.chunk_nbytes, dtype=np.uint8)
+        return bits.view(field.dtype).reshape(shape)
+    return np.full(shape, 7 if kind == "constant" else 0, field.dtype)
+
+
+def decode(codec, field, encoded):
+    out = np.full((field.chunk_rows, *field.shape), 99, field.dtype)
+    codec.decode(encoded, out.ctypes.data)
+    return out
+
+
+@pytest.fixture(params=["fast", "numcodecs"])
+def way(request, monkeypatch):
+    """Both ways to decompress: blosc's own function, and numcodecs where that cannot be found."""
+    if request.param == "numcodecs":
+        monkeypatch.setattr(codec_module, "_decompress", _decompress_by_numcodecs)
+    return request.param
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64"])
+@pytest.mark.parametrize("kind", ["noise", "constant", "zero"])
+def test_what_was_encoded_is_decoded_bit_by_bit(codec, dtype, kind):
+    field = field_of(codec, dtype)
+    chunk = chunk_of(field, kind)
+    chunk_codec = ChunkCodec(field)
+    assert decode(chunk_codec, field, chunk_codec.encode(chunk)).tobytes() == chunk.tobytes()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("kind", ["noise", "constant", "zero"])
+def test_an_encoded_chunk_is_what_zarrs_codecs_read(codec, kind):
+    field = field_of(codec, "int16")
+    chunk = chunk_of(field, kind)
+    encoded = ChunkCodec(field).encode(chunk)
+    frame = numcodecs.CRC32C(location="end").decode(encoded)
+    assert bytes(numcodecs.Blosc().decode(frame)) == chunk.tobytes()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_zarrs_codecs_write_is_decoded(codec):
+    field = field_of(codec, "int16")
+    chunk = chunk_of(field)
+    name, level, shuffle = blosc_settings(codec)
+    frame = numcodecs.Blosc(name, level, shuffle).encode(chunk)
+    encoded = bytes(numcodecs.CRC32C(location="end").encode(frame))
+    assert (decode(ChunkCodec(field), field, encoded) == chunk).all()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("kind", ["noise", "constant"])
+def test_any_flipped_bit_is_noticed_before_anything_is_written(kind):
+    field = field_of("blosc-lz4hc-5", shape=(8, 8))
+    chunk_codec = ChunkCodec(field)
+    encoded = chunk_codec.encode(chunk_of(field, kind))
+    out = np.full((4, 8, 8), 99, np.uint8)
+    for position in range(len(encoded)):
+        damaged = bytearray(encoded)
+        damaged[position] ^= 1 << position % 8
+        with pytest.raises(CorruptionError, match="checksum"):
+            chunk_codec.decode(bytes(damaged), out.ctypes.data)
+    assert (out == 99).all()
+
+
+@pytest.mark.usefixtures("way")
+def test_any_cut_or_longer_chunk_is_noticed():
+    field = field_of("blosc-lz4hc-5", shape=(8, 8))
+    chunk_codec = ChunkCodec(field)
+    encoded = chunk_codec.encode(chunk_of(field))
+    for wrong in [encoded[:n] for n in range(len(encoded))] + [encoded + b"\0", b"\0" * 100, encoded * 2]:
+        with pytest.raises(CorruptionError):
+            decode(chunk_codec, field, wrong)
+
+
+def sealed(frame):
+    """A frame with a right checksum, as somebody who forges a chunk would make it."""
+    return bytes(frame) + google_crc32c.value(bytes(frame)).to_bytes(4, "little")
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("rows", [1, 3, 5, 4096])
+def test_a_chunk_that_would_decode_short_or_long_is_refused(rows):
+    field = field_of("blosc-lz4-1", shape=(8, 8))
+    frame = numcodecs.Blosc("lz4", 1).encode(np.zeros((rows, 8, 8), np.uint8))
+    with pytest.raises(CorruptionError, match=rf"expected .*256.*, found .*{rows * 64}"):
+        decode(ChunkCodec(field), field, sealed(frame))
+
+
+@pytest.mark.usefixtures("way")
+def test_a_frame_that_blosc_refuses_is_damage():
+    field = field_of("blosc-lz4-1", shape=(8, 8))
+    frame = bytearray(numcodecs.Blosc("lz4", 1).encode(np.zeros((4, 8, 8), np.uint8)))
+    for position in (0, 2, 16, 17, 18, 19):
+        forged = frame.copy()
+        forged[position] ^= 0xFF
+        out = np.full((4, 8, 8), 99, np.uint8)
+        try:
+            ChunkCodec(field).decode(sealed(forged), out.ctypes.data)
+        except CorruptionError:
+            continue
+        assert not out.any(), "a header bit that changes nothing"
+
+
+def test_both_ways_say_the_same_of_a_frame():
+    frame = bytes(numcodecs.Blosc("lz4", 1).encode(np.arange(64, dtype=np.uint8)))
+    memory = (ctypes.c_ubyte * 64)()
+    for function in (_decompress_by_numcodecs, codec_module._load_decompress()):
+        ctypes.memset(memory, 0, 64)
+        assert function(frame, ctypes.addressof(memory), 64, 1) == 64
+        assert bytes(memory) == bytes(range(64))
+        assert function(b"\xff" + frame[1:], ctypes.addressof(memory), 64, 1) < 0
+
+
+def test_numcodecs_stands_in_where_bloscs_function_is_not_found(monkeypatch):
+    monkeypatch.setattr(ctypes, "PyDLL", lambda path: object())
+    assert codec_module._load_decompress() is _decompress_by_numcodecs
+
+
+def test_the_checksum_is_crc32c_and_can_be_extended():
+    assert crc32c(b"123456789") == 0xE3069283
+    assert crc32c(b"6789", crc32c(b"12345")) == 0xE3069283
+    assert crc32c(np.frombuffer(b"123456789", np.uint8)) == 0xE3069283
+    assert crc32c(b"") == 0
+
+
+def test_compressing_uses_no_threads_of_blosc():
+    assert numcodecs.blosc.use_threads is False

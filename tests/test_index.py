@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+
+from replaystore.index import EpisodeIndex
+
+
+def arrays(episodes):
+    """Lists of (env, first, length) as arrays."""
+    return np.array(episodes, np.int64).reshape(-1, 3).T
+
+
+class Model:
+    """All episodes in the order of their transitions' numbers, open ones last."""
+
+    def __init__(self):
+        self.closed, self.open = [], []
+
+    def places(self):
+        return [
+            (stream, env, first + t, first, first + length)
+            for stream, env, first, length in self.closed + self.open
+            for t in range(length)
+        ]
+
+
+def check(index, model):
+    places = model.places()
+    assert len(index) == len(places)
+    assert index.num_episodes == len(model.closed + model.open)
+    found = index.locate(np.arange(len(places)))
+    assert list(zip(*(column.tolist() for column in found), strict=True)) == places
+    for number, (stream, env, first, length) in enumerate(model.closed + model.open):
+        assert [column.tolist() for column in index.episode(number)] == [
+            [stream],
+            [env],
+            [first],
+            [first],
+            [first + length],
+        ]
+    index.check()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_numbers_lead_to_rows_as_a_list_would(seed):
+    rng = np.random.default_rng(seed)
+    index, model = EpisodeIndex(), Model()
+    rows = np.zeros((3, 4), np.int64)
+    for _ in range(60):
+        stream = int(rng.integers(3))
+        added = []
+        for _ in range(int(rng.integers(0, 30))):
+            env, length = int(rng.integers(4)), int(rng.integers(1, 6))
+            added.append((env, int(rows[stream, env]), length))
+            rows[stream, env] += length + int(rng.integers(1, 4))
+        index.append(stream, *arrays(added))
+        model.closed += [(stream, *episode) for episode in added]
+        model.open = [
+            (s, env, int(rows[s, env]), int(rng.integers(1, 50)))
+            for s in range(3)
+            for env in range(4)
+            if rng.random() < 0.3
+        ]
+        index.set_open([(s, *arrays([e[1:] for e in model.open if e[0] == s])) for s in range(3)])
+        check(index, model)
+
+
+def test_an_empty_index_has_nothing():
+    index = EpisodeIndex()
+    assert (len(index), index.num_episodes) == (0, 0)
+    index.set_open([])
+    index.append(0, *arrays([]))
+    check(index, Model())
+
+
+def test_numbers_may_come_in_any_order_and_twice():
+    index = EpisodeIndex()
+    index.append(0, *arrays([(0, 0, 3), (1, 10, 2)]))
+    assert index.locate(np.array([4, 0, 4, 2])).time.tolist() == [11, 0, 11, 2]
+
+
+@pytest.mark.parametrize(
+    "episodes",
+    [[(0, 0, 3), (0, 3, 2)], [(0, 0, 3), (0, 0, 3)], [(0, 5, 3), (0, 4, 2)], [(0, 0, 0)], [(0, 0, 9), (0, 2, 1)]],
+)  # fmt: skip
+def test_overlapping_episodes_are_noticed(episodes):
+    index = EpisodeIndex()
+    index.append(0, *arrays(episodes))
+    with pytest.raises(AssertionError):
+        index.check()
+
+
+def test_rows_beyond_32_bits_are_found():
+    index = EpisodeIndex()
+    index.append(0, *arrays([(0, 2**31, 2**33), (0, 2**39, 5)]))
+    found = index.locate(np.array([0, 2**33 - 1, 2**33]))
+    assert found.time.tolist() == [2**31, 2**31 + 2**33 - 1, 2**39]
+    index.check()

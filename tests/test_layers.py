@@ -1,0 +1,82 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import replaystore
+
+PACKAGE = Path(replaystore.__file__).parent
+LAYER = {
+    "errors": 0,
+    "field": 1,
+    "files": 1,
+    "schema": 2,
+    "codec": 2,
+    "index": 2,
+    "metadata": 3,
+    "flat": 3,
+    "packed": 3,
+    "ring": 3,
+    "episodes": 3,
+    "head": 4,
+    "windows": 4,
+    "commit": 5,
+    "reader": 5,
+    "writer": 6,
+    "verify": 6,
+    "catalog": 7,
+    "repair": 7,
+    "store": 8,
+    "dataset": 9,
+    "spaces": 9,
+    "recorder": 10,
+    "cli": 11,
+    "__init__": 12,
+}
+
+
+def imported_modules(path):
+    """Modules of the package that a file imports, wherever the statement stands in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names = [f"replaystore.{node.module or alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "replaystore":
+            names = [f"replaystore.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        parts = {name.split(".")[1] for name in names if name.startswith("replaystore.")}
+        found |= {part if part in LAYER else "__init__" for part in parts}
+        found |= {"__init__" for name in names if name == "replaystore"}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_point_down(path):
+    for name in imported_modules(path):
+        assert LAYER[name] < LAYER[path.stem], f"{path.stem} must not import {name}"
+
+
+def test_every_module_has_a_layer():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == LAYER.keys()
+
+
+def test_every_import_statement_is_found(tmp_path):
+    source = tmp_path / "module.py"
+    source.write_text(
+        "import replaystore\nfrom replaystore import store\nif 1:\n  from . import head\n"
+        "def f():\n  import replaystore.codec as c\n  from replaystore.flat import x\n  from .ring import y\n"
+        "import numpy, replaystored\n"
+    )
+    assert imported_modules(source) == {"__init__", "store", "head", "codec", "flat", "ring"}
+
+
+@pytest.mark.parametrize("module", ["torch", "gymnasium", "zarr", "tqdm"])
+def test_the_package_loads_without(module):
+    code = f"import sys, replaystore; assert {module!r} not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
