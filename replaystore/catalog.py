@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from replaystore.arena import stream_path
 from replaystore.episodes import episode_schema, integers, open_part, part_path
 from replaystore.errors import CorruptionError, StoreGone
 from replaystore.files import list_directory
@@ -21,7 +22,7 @@ from replaystore.head import (
     read_head,
 )
 from replaystore.index import EpisodeIndex
-from replaystore.reader import check_files, stream_path
+from replaystore.reader import check_files
 from replaystore.schema import Schema
 from replaystore.writer import StreamWriter
 

@@ -9,13 +9,14 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import itertools
 import mmap
 import os
 import stat
 import weakref
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from replaystore.errors import CorruptionError, LimitError, LockUnsupported
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 PARTIAL = ".partial"
+MEMORY_START = 4096  # below which no program has anything
 
 _MAP_FIXED = 0x10  # the same on Linux and macOS; the mmap module does not name it
 _FAILED = ctypes.c_void_p(-1).value
@@ -281,6 +283,26 @@ class AddressRange:
     @property
     def __array_interface__(self) -> dict[str, Any]:
         return {"data": (self.address, True), "shape": (self.nbytes,), "typestr": "|u1", "version": 3}
+
+
+class _Memory:
+    """Every address of this process."""
+
+    __array_interface__: ClassVar[dict[str, Any]] = {
+        "data": (MEMORY_START, True),
+        "shape": (1 << 47,),
+        "typestr": "|u1",
+        "version": 3,
+    }
+
+
+@functools.cache
+def memory() -> np.ndarray:
+    """All memory as bytes, from the address `MEMORY_START`, to gather from many maps at once.
+
+    Reading where nothing is mapped ends the process, so callers check their addresses first.
+    """
+    return np.asarray(_Memory())
 
 
 def map_whole(path: Path) -> np.ndarray:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from replaystore.codec import crc32c
+from replaystore.codec import MIN_CHUNK_BYTES, crc32c
 from replaystore.errors import CorruptionError
 from replaystore.field import Field
 from replaystore.files import (
@@ -36,7 +36,6 @@ from replaystore.files import (
 )
 
 ABSENT = 2**64 - 1
-MIN_CHUNK_BYTES = 20
 MAX_SHARD_BYTES = 1 << 40
 
 
@@ -92,25 +91,13 @@ def _chunk_checksum(data: np.ndarray, entry: np.ndarray) -> int:
     return int.from_bytes(data[end - 4 : end].tobytes(), "little")
 
 
+@dataclass(frozen=True)
 class Shard:
-    """A mapped shard as of one commit."""
+    """A mapped shard as of one commit: its bytes, and its index (chunks, 2), which lies in them."""
 
-    def __init__(self, path: Path, data: np.ndarray, index: np.ndarray) -> None:
-        self.path = path
-        self.data = data
-        self._bytes = data.data
-        self._index = index.reshape(-1).view(np.uint8).data.cast("Q")
-
-    def chunk(self, number: int) -> bytes:
-        """The encoded bytes of a chunk; raises `CorruptionError` if the shard lacks it."""
-        offset, nbytes = self._index[2 * number], self._index[2 * number + 1]
-        if nbytes == ABSENT:
-            raise CorruptionError(f"{self.path}: chunk {number} is missing")
-        return bytes(self._bytes[offset : offset + nbytes])
-
-    def extent(self, number: int) -> tuple[int, int]:
-        """Offset and bytes of a chunk within `data`."""
-        return self._index[2 * number], self._index[2 * number + 1]
+    path: Path
+    data: np.ndarray
+    index: np.ndarray
 
 
 def open_shard(path: Path, state: FileState, chunks: int) -> Shard:
@@ -156,7 +143,7 @@ class PackedWriter:
         """Take up the open shards of an earlier writer; what it wrote after its commit is cut off."""
         for state in states:
             shard = open_shard(self.shard_path(state.number), state, self.chunks)
-            index = np.array(shard._index, np.uint64).reshape(-1, 2).astype("<u8")
+            index = shard.index.copy()
             checksums = np.zeros(self.chunks, np.uint32)
             for i in np.flatnonzero(index[:, 1] != ABSENT):
                 checksums[i] = _chunk_checksum(shard.data, index[i])

@@ -1,10 +1,9 @@
-"""Rows → arrays: the read path of all streams, and the arena of decoded chunks.
+"""Rows → arrays: the read path of all streams.
 
 The rows of all streams share one numbering, so that each flat field is read by one gather however
 many streams and files there are: stream s has the numbers from `base[s]`, and row (time, env) is
 `base[s] + time * num_envs + env`. A packed field's chunks are numbered alike, `chunk_rows` rows at
-a time. Each chunk that a slice of rows needs is decoded once into the arena, and every row is
-gathered from there; `slots` says which chunk is where.
+a time.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,14 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from replaystore.codec import ChunkCodec
+from replaystore.arena import PackedColumn, StreamSpace, stream_path
 from replaystore.errors import CorruptionError
 from replaystore.field import Field
 from replaystore.files import FileState, chunk_path, read_bytes, size_of
 from replaystore.flat import FlatColumn, committed_checksum
-from replaystore.head import HEAD, Head, decode_head, read_head
+from replaystore.head import Head
 from replaystore.index import Places
-from replaystore.packed import Shard, open_shard
+from replaystore.packed import open_shard
 from replaystore.schema import Schema
 
 SLICE_ROWS = 160  # decoded and gathered while in cache: 32 items of five frames
@@ -41,18 +40,6 @@ class Tail(NamedTuple):
     stream: int
     floor: np.ndarray
     arrays: Mapping[str, np.ndarray]
-
-
-class StreamSpace(NamedTuple):
-    """A stream's head and its place in the common numbering of rows."""
-
-    head: Head
-    base: int
-    rows: int  # numbers set aside, all environments together
-
-
-def stream_path(root: Path, stream: int) -> Path:
-    return root / "streams" / f"{stream:06d}"
 
 
 class Reader:
@@ -213,109 +200,3 @@ def _elsewhere(numbers: np.ndarray, held: np.ndarray | None) -> np.ndarray:
         numbers = np.where(held, numbers[~held][0], numbers)
     flat: np.ndarray = numbers.ravel()
     return flat
-
-
-class PackedColumn:
-    """One packed field of all streams, and its part of the arena."""
-
-    def __init__(self, root: Path, schema: Schema, field: Field, cache_bytes: int) -> None:
-        self._root = root
-        self._schema = schema
-        self._field = field
-        self._codec = ChunkCodec(field)
-        slots = max(SLICE_ROWS, cache_bytes // field.chunk_nbytes)
-        self._arena = np.empty((slots * field.chunk_rows, *field.shape), field.dtype)
-        self._address = self._arena.ctypes.data
-        self._holds = np.full(slots, NOTHING, np.int64)  # the chunk in each slot
-        self._slots = np.zeros(1, np.int32)  # by chunk: 1 + its slot, or 0; the last one is nothing's
-        self._hand = 0
-        self._spaces: Mapping[int, StreamSpace] = {}
-        self._streams = np.zeros(0, np.int64)
-        self._bases = np.zeros(0, np.int64)
-        self._shard_chunks = np.zeros(0, np.int64)
-        self._shards: dict[int, Shard] = {}  # by the stream's place and the shard's number
-
-    def lay_out(self, spaces: Mapping[int, StreamSpace], rows: int) -> None:
-        self._spaces = spaces
-        self._streams = np.array(list(spaces), np.int64)
-        self._bases = np.array([space.base for space in spaces.values()]) // self._field.chunk_rows
-        widths = np.array([space.head.num_envs for space in spaces.values()])
-        self._shard_chunks = widths * [self._schema.env_chunks(width) for width in widths.tolist()]
-        self._slots = np.zeros(rows // self._field.chunk_rows + 1, np.int32)
-        self._holds[:] = NOTHING
-        self._shards.clear()
-
-    def update(self, stream: int, space: StreamSpace, old: Head) -> None:
-        """Forget the shards and the unfinished chunks that a newer commit changed."""
-        name, size = self._field.name, self._field.chunk_rows
-        new_files, place = space.head.files[name], list(self._spaces).index(stream)
-        for number, state in old.files[name].items():
-            if new_files.get(number) != state:
-                self._shards.pop((place << 32) + number, None)
-        rows = old.field_rows(self._schema, name)
-        chunks = space.base // size + rows // size * old.num_envs + np.arange(old.num_envs)
-        self._slots[chunks[rows % size != 0]] = 0
-
-    def take(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
-        """Gather rows by chunk number and row within the chunk, slice by slice."""
-        size = self._field.chunk_rows
-        for start in range(0, len(chunks), SLICE_ROWS):
-            stop = start + SLICE_ROWS
-            part = chunks[start:stop]
-            slots = self._slots.take(part)
-            while not slots.all():  # again only if a chunk that was here made room for another
-                self._decode(np.unique(part[slots == 0]))
-                slots = self._slots.take(part)
-            rows = (slots.astype(np.int64) - 1) * size + within[start:stop]
-            self._arena.take(rows, axis=0, out=out[start:stop], mode="clip")
-
-    def _decode(self, chunks: np.ndarray) -> None:
-        """Decode chunks into the next slots of the arena, in the place of what was there."""
-        slots = (self._hand + np.arange(len(chunks))) % len(self._holds)
-        evicted = self._holds[slots]
-        self._slots[evicted[self._slots[evicted] == slots + 1]] = 0
-        self._holds[slots] = NOTHING
-        place = self._bases.searchsorted(chunks, side="right") - 1
-        shard, within = np.divmod(chunks - self._bases[place], self._shard_chunks[place])
-        addresses = self._address + slots * self._field.chunk_nbytes
-        decode, shards = self._codec.decode, self._shards
-        jobs = ((place << 32) + shard, within, addresses)
-        for key, number, address in zip(*(job.tolist() for job in jobs), strict=True):
-            opened = shards.get(key) or self._open(key)
-            try:
-                decode(opened.chunk(number), address)
-            except CorruptionError as error:
-                raise self._damaged(opened, key, number, error) from error
-        self._holds[slots] = chunks
-        self._slots[chunks] = slots + 1
-        self._hand = int(slots[-1] + 1) % len(self._holds)
-
-    def _damaged(self, shard: Shard, key: int, number: int, error: Exception) -> CorruptionError:
-        stream = int(self._streams[key >> 32])
-        num_envs, size = self._spaces[stream].head.num_envs, self._field.chunk_rows
-        first = ((key & 0xFFFFFFFF) * self._schema.env_chunks(num_envs) + number // num_envs) * size
-        rows = f"rows {first} to {first + size - 1} of environment {number % num_envs}, stream {stream}"
-        return CorruptionError(f"{shard.path}: chunk {number} ({rows}): {error}")
-
-    def _open(self, key: int) -> Shard:
-        stream, number = int(self._streams[key >> 32]), key & 0xFFFFFFFF
-        head, name = self._spaces[stream].head, self._field.name
-        path = chunk_path(stream_path(self._root, stream) / name, number, 2 + len(self._field.shape))
-        shard = None
-        while shard is None:
-            try:
-                chunks = self._schema.env_chunks(head.num_envs) * head.num_envs
-                shard = open_shard(path, head.files[name][number], chunks)
-            except CorruptionError:
-                newest = self._newest_head(stream)
-                if newest.commit <= head.commit:
-                    raise
-                head = newest  # its writer has repacked the shard since
-        if len(self._shards) >= MAX_SHARDS:
-            self._shards.pop(next(iter(self._shards)))
-        self._shards[key] = shard
-        return shard
-
-    def _newest_head(self, stream: int) -> Head:
-        path = stream_path(self._root, stream)
-        return decode_head(read_head(path), self._schema, path / HEAD)

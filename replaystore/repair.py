@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from replaystore.arena import stream_path
 from replaystore.codec import ChunkCodec
 from replaystore.commit import create_stream, render_stream
 from replaystore.episodes import Episode, decode_table, episode_schema, episodes_of, part_path, read_part
@@ -21,7 +22,6 @@ from replaystore.files import Lock, chunk_path, make_directory, move, read_bytes
 from replaystore.head import HEAD, MAX_HEAD_BYTES, SPARE, Head, decode_head, empty_head
 from replaystore.metadata import MAX_METADATA_BYTES, parse_root, render_group
 from replaystore.packed import MAX_SHARD_BYTES, find_index
-from replaystore.reader import stream_path
 from replaystore.schema import Schema
 from replaystore.verify import UNKNOWN_EPISODES, Finding, read_schema, stream_numbers, verify_stream
 from replaystore.writer import StreamWriter

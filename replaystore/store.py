@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
+from replaystore.arena import stream_path
 from replaystore.catalog import Catalog
 from replaystore.commit import create_stream
 from replaystore.episodes import integers
@@ -34,7 +35,7 @@ from replaystore.files import (
 from replaystore.head import HEAD, SPARE, Head, decode_head, empty_head, read_head
 from replaystore.index import Places
 from replaystore.metadata import MAX_METADATA_BYTES, parse_root, render_group, render_root
-from replaystore.reader import Allocate, Reader, Tail, check_files, stream_path
+from replaystore.reader import Allocate, Reader, Tail, check_files
 from replaystore.schema import MAX_NUM_ENVS, Schema
 from replaystore.windows import Batch, Transition
 from replaystore.writer import StreamWriter

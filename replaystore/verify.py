@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from replaystore.arena import stream_path
 from replaystore.codec import ChunkCodec
 from replaystore.episodes import decode_table, episode_schema, integers, part_path, read_part
 from replaystore.errors import ReplayStoreError
@@ -20,7 +21,6 @@ from replaystore.flat import committed_checksum
 from replaystore.head import HEAD, SPARE, Head, check_episodes, decode_head, read_head
 from replaystore.metadata import MAX_METADATA_BYTES, check_array, check_group, parse_root, parse_stream
 from replaystore.packed import ABSENT, MAX_SHARD_BYTES, find_index
-from replaystore.reader import stream_path
 from replaystore.schema import Schema
 
 Progress = Callable[[], None]

@@ -1,0 +1,224 @@
+"""One packed field of all streams, read through an arena of decoded chunks.
+
+A batch's rows are taken slice by slice, so that what is decoded is gathered while it is in cache.
+What numpy can do for all chunks of a piece at once (finding shards, reading index entries and
+headers) is done at once; checksums and decoding are C calls from `map`. Of a chunk only the rows
+up to the last one needed are decoded, unless the arena is large enough to be a cache.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from replaystore.codec import ChunkCodec, DamagedChunk, Frames
+from replaystore.errors import CorruptionError
+from replaystore.field import Field
+from replaystore.files import MEMORY_START, chunk_path, memory
+from replaystore.head import HEAD, Head, decode_head, read_head
+from replaystore.packed import Shard, open_shard
+from replaystore.schema import Schema
+
+SLICE_ROWS = 160  # decoded and gathered while in cache: 32 items of five frames
+PIECE_ROWS = 4096  # prepared at once
+MAX_SHARDS = 8192  # mapped at once, of the 65,530 maps that Linux allows a process
+NOTHING = -1  # in a slot; as an index, the last entry, which no chunk has
+
+
+class StreamSpace(NamedTuple):
+    """A stream's head and its place in the common numbering of rows (`reader.py`)."""
+
+    head: Head
+    base: int
+    rows: int  # numbers set aside, all environments together
+
+
+def stream_path(root: Path, stream: int) -> Path:
+    return root / "streams" / f"{stream:06d}"
+
+
+class _Runs(NamedTuple):
+    """A piece's rows as runs of one chunk each, in order.
+
+    `run` (rows,) is each row's run; `first` and `last` (runs,) are a run's rows; `chunk` its chunk.
+    """
+
+    run: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    chunk: np.ndarray
+
+
+def _runs(chunks: np.ndarray) -> _Runs:
+    new = np.empty(len(chunks), bool)
+    new[0] = True
+    np.not_equal(chunks[1:], chunks[:-1], out=new[1:])
+    first = np.flatnonzero(new)
+    last = np.append(first[1:], len(chunks)) - 1
+    return _Runs(np.cumsum(new) - 1, first, last, chunks.take(first))
+
+
+class PackedColumn:
+    """One packed field of all streams, and its part of the arena."""
+
+    def __init__(self, root: Path, schema: Schema, field: Field, cache_bytes: int) -> None:
+        self._root = root
+        self._schema = schema
+        self._field = field
+        self._codec = ChunkCodec(field)
+        scratch = 2 * SLICE_ROWS
+        slots = max(scratch, cache_bytes // field.chunk_nbytes)
+        self._is_cache = slots > 2 * scratch
+        self._arena = np.empty((slots * field.chunk_rows, *field.shape), field.dtype)
+        self._holds = np.full(slots, NOTHING, np.int64)  # the chunk in each slot
+        self._valid = np.zeros(slots, np.int64)  # how many of its rows
+        self._slots = np.zeros(1, np.int32)  # by chunk: 1 + its slot, or 0; the last one is nothing's
+        self._hand = 0
+        self._spaces: Mapping[int, StreamSpace] = {}
+        self._forget_shards(0)
+
+    def lay_out(self, spaces: Mapping[int, StreamSpace], rows: int) -> None:
+        """Take over a new numbering of rows."""
+        size = self._field.chunk_rows
+        self._spaces = spaces
+        self._streams = list(spaces)
+        self._bases = np.array([space.base // size for space in spaces.values()])
+        widths = np.array([space.head.num_envs for space in spaces.values()])
+        self._shard_chunks = widths * [self._schema.env_chunks(width) for width in widths.tolist()]
+        counts = [
+            -(-(space.rows // size) // n)
+            for space, n in zip(spaces.values(), self._shard_chunks, strict=True)
+        ]
+        self._first_shard = np.cumsum([0, *counts])[:-1]
+        self._slots = np.zeros(rows // size + 1, np.int32)
+        self._holds[:] = NOTHING
+        self._forget_shards(sum(counts))
+
+    def update(self, stream: int, space: StreamSpace, old: Head) -> None:
+        """Forget the shards and the unfinished chunks that a newer commit changed."""
+        name, size = self._field.name, self._field.chunk_rows
+        first = int(self._first_shard[self._streams.index(stream)])
+        for number, state in old.files[name].items():
+            if space.head.files[name].get(number) != state:
+                self._shards.pop(first + number, None)
+                self._start[first + number] = 0
+        rows = old.field_rows(self._schema, name)
+        chunks = space.base // size + rows // size * old.num_envs + np.arange(old.num_envs)
+        self._slots[chunks[rows % size != 0]] = 0
+
+    def take(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
+        """Gather rows by chunk number and row within the chunk: all of one length, flat."""
+        for start in range(0, len(chunks), PIECE_ROWS):
+            piece = slice(start, start + PIECE_ROWS)
+            self._take_piece(chunks[piece], within[piece], out[piece])
+
+    def _take_piece(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
+        size = self._field.chunk_rows
+        runs = _runs(chunks)
+        ends = np.maximum.reduceat(within, runs.first) + 1
+        slots = self._slots.take(runs.chunk).astype(np.int64) - 1
+        ahead = (slots - self._hand) % len(self._holds)  # decoded over before long, if small
+        missing = np.flatnonzero((slots < 0) | (self._valid[slots] < ends) | (ahead < len(slots)))
+        slots[missing] = (self._hand + np.arange(len(missing))) % len(self._holds)
+        needed = np.full(len(missing), size) if self._is_cache else ends[missing]
+        frames = self._find(runs.chunk[missing])
+        self._claim(slots[missing])
+        targets = (self._arena.ctypes.data + slots[missing] * self._field.chunk_nbytes).tolist()
+        wanted = (needed * self._field.row_nbytes).tolist()
+        rows, done = slots.take(runs.run) * size + within, 0
+        for start in range(0, len(chunks), SLICE_ROWS):
+            stop = min(start + SLICE_ROWS, len(chunks))
+            upto = int(missing.searchsorted(runs.run[stop - 1], side="right"))
+            if upto > done:
+                self._decode(frames, targets, wanted, (done, upto), runs.chunk[missing])
+            done = upto
+            self._arena.take(rows[start:stop], axis=0, out=out[start:stop], mode="clip")
+        self._settle(slots[missing], runs.chunk[missing], needed)
+
+    def _claim(self, slots: np.ndarray) -> None:
+        """Forget what is in slots that are about to be decoded into."""
+        held = self._holds[slots]
+        self._slots[held[self._slots[held] == slots + 1]] = 0
+        self._holds[slots] = NOTHING
+
+    def _settle(self, slots: np.ndarray, chunks: np.ndarray, valid: np.ndarray) -> None:
+        """Say what is in the slots now; of those that were used twice, the last."""
+        slots, chunks, valid = (each[-len(self._holds) :] for each in (slots, chunks, valid))
+        self._holds[slots], self._valid[slots] = chunks, valid
+        self._slots[chunks] = slots + 1
+        if len(slots):
+            self._hand = int(slots[-1] + 1) % len(self._holds)
+
+    def _decode(
+        self, frames: Frames, targets: list[int], wanted: list[int], part: tuple[int, int], chunks: np.ndarray
+    ) -> None:
+        start, stop = part
+        try:
+            self._codec.decode_many(frames.part(start, stop), targets[start:stop], wanted[start:stop])
+        except DamagedChunk as error:
+            raise self._damaged(int(chunks[start + error.place]), error) from error
+
+    def _find(self, chunks: np.ndarray) -> Frames:
+        """Where the chunks are, and that they are as they were written."""
+        place = self._bases.searchsorted(chunks, side="right") - 1
+        shard, number = np.divmod(chunks - self._bases[place], self._shard_chunks[place])
+        shard += self._first_shard[place]
+        self._open_shards(np.unique(shard[self._start[shard] == 0]), np.unique(shard))
+        entries = (self._index[shard] + 16 * number)[:, None] + np.arange(16)
+        offset, nbytes = memory().take(entries - MEMORY_START).view("<i8").T
+        outside = (offset < 0) | (nbytes < 0) | (offset + nbytes > self._nbytes[shard])
+        if outside.any():
+            raise self._damaged(int(chunks[np.argmax(outside)]), CorruptionError("the chunk is missing"))
+        try:
+            return self._codec.check(self._start[shard] + offset, nbytes)
+        except DamagedChunk as error:
+            raise self._damaged(int(chunks[error.place]), error) from error
+
+    def _damaged(self, chunk: int, error: Exception) -> CorruptionError:
+        place = int(self._bases.searchsorted(chunk, side="right")) - 1
+        stream, within = self._streams[place], chunk - int(self._bases[place])
+        num_envs, size = self._spaces[stream].head.num_envs, self._field.chunk_rows
+        first, number = within // num_envs * size, within % int(self._shard_chunks[place])
+        rows = f"rows {first} to {first + size - 1} of environment {within % num_envs}, stream {stream}"
+        path = self._shards[self._shard_of(chunk)].path
+        return CorruptionError(f"{path}: chunk {number} ({rows}): {error}")
+
+    def _shard_of(self, chunk: int) -> int:
+        place = int(self._bases.searchsorted(chunk, side="right")) - 1
+        return int(self._first_shard[place] + (chunk - self._bases[place]) // self._shard_chunks[place])
+
+    def _forget_shards(self, count: int) -> None:
+        self._shards: dict[int, Shard] = {}
+        self._start = np.zeros(count, np.int64)  # by shard: address of its bytes, 0 if not open
+        self._index = np.zeros(count, np.int64)  # address of its index
+        self._nbytes = np.zeros(count, np.int64)
+
+    def _open_shards(self, unopened: np.ndarray, all_needed: np.ndarray) -> None:
+        if len(self._shards) + len(unopened) > MAX_SHARDS:
+            self._forget_shards(len(self._start))
+            unopened = all_needed
+        for shard in unopened.tolist():
+            opened = self._open(shard)
+            self._shards[shard] = opened
+            self._start[shard] = opened.data.ctypes.data
+            self._index[shard] = opened.index.ctypes.data
+            self._nbytes[shard] = len(opened.data)
+
+    def _open(self, shard: int) -> Shard:
+        place = int(self._first_shard.searchsorted(shard, side="right")) - 1
+        stream, number = self._streams[place], shard - int(self._first_shard[place])
+        head, name = self._spaces[stream].head, self._field.name
+        path = chunk_path(stream_path(self._root, stream) / name, number, 2 + len(self._field.shape))
+        while True:
+            try:
+                return open_shard(path, head.files[name][number], int(self._shard_chunks[place]))
+            except CorruptionError:
+                newest = self._newest_head(stream)
+                if newest.commit <= head.commit:
+                    raise
+                head = newest  # its writer has repacked the shard since
+
+    def _newest_head(self, stream: int) -> Head:
+        path = stream_path(self._root, stream)
+        return decode_head(read_head(path), self._schema, path / HEAD)
