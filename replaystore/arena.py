@@ -21,6 +21,7 @@ from replaystore.packed import Shard, open_shard
 from replaystore.schema import Schema
 
 SLICE_ROWS = 160  # decoded and gathered while in cache: 32 items of five frames
+SCRATCH_BYTES = 1 << 27  # for a slice's chunks and the next one's; fewer rows if they are larger
 PIECE_ROWS = 4096  # prepared at once
 MAX_SHARDS = 8192  # mapped at once, of the 65,530 maps that Linux allows a process
 NOTHING = -1  # in a slot; as an index, the last entry, which no chunk has
@@ -67,7 +68,8 @@ class PackedColumn:
         self._schema = schema
         self._field = field
         self._codec = ChunkCodec(field)
-        scratch = 2 * SLICE_ROWS
+        self._slice = max(1, min(SLICE_ROWS, SCRATCH_BYTES // (2 * field.chunk_nbytes)))
+        scratch = 2 * self._slice
         slots = max(scratch, cache_bytes // field.chunk_nbytes)
         self._is_cache = slots > 2 * scratch
         self._arena = np.empty((slots * field.chunk_rows, *field.shape), field.dtype)
@@ -127,8 +129,8 @@ class PackedColumn:
         targets = (self._arena.ctypes.data + slots[missing] * self._field.chunk_nbytes).tolist()
         wanted = (needed * self._field.row_nbytes).tolist()
         rows, done = slots.take(runs.run) * size + within, 0
-        for start in range(0, len(chunks), SLICE_ROWS):
-            stop = min(start + SLICE_ROWS, len(chunks))
+        for start in range(0, len(chunks), self._slice):
+            stop = min(start + self._slice, len(chunks))
             upto = int(missing.searchsorted(runs.run[stop - 1], side="right"))
             if upto > done:
                 self._decode(frames, targets, wanted, (done, upto), runs.chunk[missing])

@@ -64,32 +64,51 @@ class Catalog:
         That is the newest, but in a copy that was made while the store was written: there, with a
         warning, it may be an older one.
         """
-        heads = self.read_heads()
-        for stream, data in heads.items():
-            path = stream_path(self._root, stream)
-            newest = decode_head(data, self._schema, path / HEAD)
-            try:
-                check_files(path, newest, self._schema)
-            except CorruptionError as error:
-                heads[stream] = self._older_head(path, newest, error)
-        return heads
+        return {stream: self._choose_head(stream, data) for stream, data in self.read_heads().items()}
 
-    def _older_head(self, path: Path, newest: Head, error: CorruptionError) -> bytes:
-        current = decode_head(read_head(path), self._schema, path / HEAD)
-        for head, data in [(current, read_head(path)), *older_heads(path, self._schema)]:
-            if head.commit == newest.commit:
-                continue
+    def _choose_head(self, stream: int, data: bytes) -> bytes:
+        path = stream_path(self._root, stream)
+        while True:
+            head = decode_head(data, self._schema, path / HEAD)
             try:
                 check_files(path, head, self._schema)
-            except CorruptionError:
-                continue  # an older one may be whole
+                return data
+            except CorruptionError as error:
+                again = read_head(path)
+                if again == data:
+                    return self._older_head(path, head, error)
+                data = again  # its writer goes on, and has repacked a shard
+
+    def _older_head(self, path: Path, newest: Head, error: CorruptionError) -> bytes:
+        for head, data in older_heads(path, self._schema):
             if head.commit < newest.commit:
+                try:
+                    check_files(path, head, self._schema)
+                except CorruptionError:
+                    continue  # an older one may be whole
                 lost = f"commit {head.commit} instead of {newest.commit}: {error}"
                 warnings.warn(
-                    f"{path}: a copy of a store that was being written? Showing {lost}", stacklevel=6
+                    f"{path}: a copy of a store that was being written? Showing {lost}", stacklevel=7
                 )
-            return data
+                return data
         raise error
+
+    def check(self) -> None:
+        """Raise at the first stream of which files are missing or wrong, and check the index."""
+        for stream, head in self.heads.items():
+            path, shown = stream_path(self._root, stream), head
+            while not self._owns(stream):
+                try:
+                    check_files(path, shown, self._schema)
+                    break
+                except CorruptionError:
+                    newest = decode_head(read_head(path), self._schema, path / HEAD)
+                    if newest.commit <= shown.commit:
+                        raise
+                    shown = newest  # its writer has repacked a shard since
+        self.index.check()
+        lengths = integers(self.episodes(), "length")
+        assert lengths.sum() == len(self.index), (lengths.sum(), len(self.index))
 
     def snapshot(self) -> dict[int, bytes]:
         """The heads of the commit shown, as bytes."""

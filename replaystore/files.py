@@ -15,6 +15,7 @@ import mmap
 import os
 import stat
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,6 +25,7 @@ from replaystore.errors import CorruptionError, LimitError, LockUnsupported
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 PARTIAL = ".partial"
+PIECE_BYTES = 1 << 24
 MEMORY_START = 4096  # below which no program has anything
 
 _MAP_FIXED = 0x10  # the same on Linux and macOS; the mmap module does not name it
@@ -76,6 +78,25 @@ def read_at(descriptor: int, nbytes: int, offset: int) -> bytes:
         offset += len(part)
         nbytes -= len(part)
     return b"".join(parts)
+
+
+def read_range(path: Path, offset: int, nbytes: int) -> bytes:
+    """Read some bytes of a regular file."""
+    descriptor = _open_regular(path, os.O_RDONLY)
+    try:
+        return read_at(descriptor, nbytes, offset)
+    finally:
+        os.close(descriptor)
+
+
+def read_pieces(path: Path, nbytes: int) -> Iterator[bytes]:
+    """Read the first `nbytes` of a regular file in pieces of a bounded size."""
+    descriptor = _open_regular(path, os.O_RDONLY)
+    try:
+        for offset in range(0, nbytes, PIECE_BYTES):
+            yield read_at(descriptor, min(PIECE_BYTES, nbytes - offset), offset)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -259,9 +280,12 @@ class AddressRange:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self.nbytes = -(-nbytes // PAGE) * PAGE
+        self.nbytes = max(1, -(-nbytes // PAGE)) * PAGE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self.address = _map(None, self.nbytes, 0, flags, -1)
+        try:
+            self.address = _map(None, self.nbytes, 0, flags, -1)
+        except OSError as error:
+            raise LimitError(f"cannot set aside {self.nbytes} bytes of addresses: {error}") from error
         finalizer = weakref.finalize(self, _libc.munmap, self.address, self.nbytes)
         finalizer.atexit = False  # a thread may still read while the interpreter shuts down
 

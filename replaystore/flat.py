@@ -17,7 +17,15 @@ import numpy as np
 
 from replaystore.codec import crc32c
 from replaystore.field import Field
-from replaystore.files import AddressRange, FileState, GrowingFile, chunk_path, make_parents
+from replaystore.files import (
+    AddressRange,
+    FileState,
+    GrowingFile,
+    chunk_path,
+    make_parents,
+    read_pieces,
+    read_range,
+)
 
 
 class FlatState(NamedTuple):
@@ -28,13 +36,27 @@ class FlatState(NamedTuple):
     crc32c: int
 
 
-def committed_checksum(cells: np.ndarray, rows: np.ndarray) -> int:
-    """The checksum of a file's cells `(time, env, *shape)` that has `rows` of each environment."""
+def committed_checksum(cells: np.ndarray, rows: np.ndarray, crc: int = 0) -> int:
+    """The checksum of cells `(time, env, *shape)`, of which `rows` of each environment exist."""
     shortest = int(np.clip(rows.min(), 0, len(cells)))
     ragged = cells[shortest:].copy()
     for env, end in enumerate(rows.tolist()):
         ragged[max(0, end - shortest) :, env] = 0
-    return crc32c(_as_bytes(ragged), crc32c(_as_bytes(cells[:shortest])))
+    return crc32c(_as_bytes(ragged), crc32c(_as_bytes(cells[:shortest]), crc))
+
+
+def file_checksum(path: Path, field: Field, rows: np.ndarray, nbytes: int) -> int:
+    """`committed_checksum` of a file's first `nbytes`, read piece by piece."""
+    stride = len(rows) * field.row_nbytes
+    even = min(int(np.clip(rows.min(), 0, None)) * stride, nbytes)
+    crc = 0
+    for piece in read_pieces(path, even):
+        crc = crc32c(piece, crc)
+    if even == nbytes:
+        return crc
+    data = read_range(path, even, nbytes - even)
+    cells = np.frombuffer(data, field.dtype).reshape(-1, len(rows), *field.shape)
+    return committed_checksum(cells, rows - even // stride, crc)
 
 
 def _as_bytes(cells: np.ndarray) -> np.ndarray:

@@ -15,8 +15,8 @@ import numpy as np
 from replaystore.arena import PackedColumn, StreamSpace, stream_path
 from replaystore.errors import CorruptionError
 from replaystore.field import Field
-from replaystore.files import FileState, chunk_path, read_bytes, size_of
-from replaystore.flat import FlatColumn, committed_checksum
+from replaystore.files import FileState, chunk_path, size_of
+from replaystore.flat import FlatColumn, file_checksum
 from replaystore.head import Head
 from replaystore.index import Places
 from replaystore.packed import open_shard
@@ -136,8 +136,7 @@ class Reader:
         """Give every stream a place with room to grow, and map all files anew."""
         base, spaces = 0, {}
         for stream, head in sorted(heads.items()):
-            file_rows = self._schema.time_chunk(head.num_envs) * head.num_envs
-            rows = max(file_rows, 2 * self._needed_rows(head))
+            rows = 2 * self._needed_rows(head)
             spaces[stream] = StreamSpace(head, base, rows)
             base += rows
         flat = {field.name: FlatColumn(field, base) for field in self._schema.fields if not field.packed}
@@ -187,11 +186,8 @@ def _check_flat(
     whole = size * len(rows) * field.row_nbytes
     if size_of(file) != whole:
         raise CorruptionError(f"{file}: expected {whole} bytes, found {size_of(file)}")
-    if growing:
-        data = np.frombuffer(read_bytes(file, whole)[: state.nbytes], field.dtype)
-        cells = data.reshape(-1, len(rows), *field.shape)
-        if committed_checksum(cells, rows) != state.crc32c:
-            raise CorruptionError(f"{file}: the committed rows' checksum is not {state.crc32c:08x}")
+    if growing and file_checksum(file, field, rows, state.nbytes) != state.crc32c:
+        raise CorruptionError(f"{file}: the committed rows' checksum is not {state.crc32c:08x}")
 
 
 def _elsewhere(numbers: np.ndarray, held: np.ndarray | None) -> np.ndarray:

@@ -18,7 +18,7 @@ Nested: TypeAlias = "np.ndarray | dict[str, Nested] | tuple[Nested, ...]"
 
 FILE_ROWS = 131072  # rows of all environments in a flat file
 SHARD_CHUNKS = 1024  # chunks of all environments in a shard of a packed field
-MAX_FILE_ROWS = 1 << 30
+MAX_FILE_ROWS = 1 << 22  # or chunks in a shard
 MAX_FIELDS = 1000
 MAX_NUM_ENVS = 65536
 FIXED_COLUMNS = (

@@ -4,12 +4,13 @@ The store joins the parts: the streams' heads, the episode index over them, the 
 rows, and, when it was opened for writing, the writer of one stream.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,7 +36,7 @@ from replaystore.files import (
 from replaystore.head import HEAD, SPARE, Head, decode_head, empty_head, read_head
 from replaystore.index import Places
 from replaystore.metadata import MAX_METADATA_BYTES, parse_root, render_group, render_root
-from replaystore.reader import Allocate, Reader, Tail, check_files
+from replaystore.reader import Allocate, Reader, Tail
 from replaystore.schema import MAX_NUM_ENVS, Schema
 from replaystore.windows import Batch, Transition
 from replaystore.writer import StreamWriter
@@ -245,10 +246,7 @@ class ReplayStore:
         """
         with self._lock:
             self._catch_up()
-            if self._writer is None:
-                return self._catalog.episodes()
-            with self._writer.lock:  # no commit may come between the head and what it lacks
-                self._catch_up()
+            with self._commits_held():
                 return self._catalog.episodes()
 
     def episode(self, number: int) -> dict[str, Any]:
@@ -332,12 +330,8 @@ class ReplayStore:
         """
         with self._lock:
             self._catch_up()
-            for stream, head in self._catalog.heads.items():
-                if self._writer is None or stream != self._writer.number:
-                    check_files(stream_path(self.path, stream), head, self.schema)
-            self._catalog.index.check()
-            lengths = integers(self.episodes, "length")
-            assert lengths.sum() == len(self._catalog.index), (lengths.sum(), len(self._catalog.index))
+            with self._commits_held():
+                self._catalog.check()
 
     # ---- the writer
 
@@ -430,6 +424,16 @@ class ReplayStore:
                 self._reader.update(changed)
             head = self._catalog.heads[self._writer.number]
             self._tail = Tail(self._writer.number, self._writer.floor_of(head), self._writer.ring)
+
+    @contextlib.contextmanager
+    def _commits_held(self) -> Iterator[None]:
+        """While what the writer here has not committed is joined to the head that lacks it."""
+        if self._writer is None:
+            yield
+            return
+        with self._writer.lock:
+            self._catch_up()
+            yield
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,6 +1,6 @@
 """Reads every byte of a store and says what is wrong with it.
 
-Files are read, not mapped, and nothing is written. A finding names a file, what was expected and
+Nothing is written. A finding names a file, what was expected and
 found, and the rows that cannot be trusted for it; `repair.py` keeps the others.
 """
 
@@ -16,11 +16,11 @@ from replaystore.codec import ChunkCodec
 from replaystore.episodes import decode_table, episode_schema, integers, part_path, read_part
 from replaystore.errors import ReplayStoreError
 from replaystore.field import Field
-from replaystore.files import chunk_path, list_directory, read_bytes
-from replaystore.flat import committed_checksum
+from replaystore.files import chunk_path, list_directory, map_whole, read_bytes, read_range, size_of
+from replaystore.flat import file_checksum
 from replaystore.head import HEAD, SPARE, Head, check_episodes, decode_head, read_head
 from replaystore.metadata import MAX_METADATA_BYTES, check_array, check_group, parse_root, parse_stream
-from replaystore.packed import ABSENT, MAX_SHARD_BYTES, find_index
+from replaystore.packed import ABSENT, find_index
 from replaystore.schema import Schema
 
 Progress = Callable[[], None]
@@ -180,19 +180,19 @@ def _flat_file(
     state = head.files[field.name][number]
     whole = size * head.num_envs * field.row_nbytes
     try:
-        data = read_bytes(file, whole)
+        found = size_of(file)
+        if found != whole:
+            yield Finding(file, f"expected {whole} bytes, found {found}", *spoiled)
+            return
+        checksum = file_checksum(file, field, rows - start, state.nbytes)
     except (ReplayStoreError, OSError) as error:
         yield Finding(file, str(error), *spoiled)
         return
-    if len(data) != whole:
-        yield Finding(file, f"expected {whole} bytes, found {len(data)}", *spoiled)
-        return
-    cells = np.frombuffer(data, field.dtype).reshape(size, head.num_envs, *field.shape)[: stop - start]
-    found = committed_checksum(cells, rows - start)
-    if cells.nbytes != state.nbytes or found != state.crc32c:
-        problem = f"expected checksum {state.crc32c:08x} over {state.nbytes} bytes, found {found:08x}"
+    if (stop - start) * (whole // size) != state.nbytes or checksum != state.crc32c:
+        problem = f"expected checksum {state.crc32c:08x} over {state.nbytes} bytes, found {checksum:08x}"
         yield Finding(file, problem, *spoiled)
     elif episodes is not None and field.name in ("terminated", "truncated"):
+        cells = np.frombuffer(read_range(file, 0, state.nbytes), bool).reshape(-1, head.num_envs)
         yield from _flags(file, stream, field.name, cells, start, episodes)
 
 
@@ -205,7 +205,7 @@ def _flags(
     here = (row >= 0) & (row < len(cells)) & (length > 0)
     expected = np.zeros(cells.shape, bool)
     expected[row[here], env[here]] = episodes.column(name).to_numpy()[here]
-    for time, column in np.argwhere(expected != cells.view(bool)):
+    for time, column in np.argwhere(expected != cells):
         where = f"row {start + time} of environment {column}"
         problem = f"{where}: the index says {expected[time, column]}, the array {cells[time, column]}"
         yield Finding(file, problem, stream, name, int(column), int(start + time), int(start + time) + 1)
@@ -225,8 +225,7 @@ def _packed_file(
     file = chunk_path(path / field.name, number, 2 + len(field.shape))
     start, rows = number * env_chunks * size, head.field_rows(schema, field.name)
     try:
-        data = np.frombuffer(read_bytes(file, MAX_SHARD_BYTES), np.uint8)
-        data, index = find_index(file, data, head.files[field.name][number], env_chunks * num_envs)
+        data, index = find_index(file, map_whole(file), head.files[field.name][number], env_chunks * num_envs)
     except (ReplayStoreError, OSError) as error:
         stop = min(start + env_chunks * size, int(rows.max()))
         yield Finding(file, str(error), stream, field.name, None, start, stop)

@@ -120,10 +120,10 @@ class StreamWriter:
                 self._cut(env)
                 self._catch_up(env)
                 self._wait_for_room(env)
-            now = int(self._clock() * 1e6)
-            for env, row_columns in zip(envs, described, strict=True):
-                self._open[env] = OpenEpisode(self._rows[env], seeds[env], now, policy, row_columns)
+            now, rows = int(self._clock() * 1e6), list(self._rows)
             self._put_observation(values, envs)
+            for env, row_columns in zip(envs, described, strict=True):
+                self._open[env] = OpenEpisode(rows[env], seeds[env], now, policy, row_columns)
 
     def step(self, values: Mapping[str, Any], mask: np.ndarray | None = None) -> None:
         """Append what was done from the last row, and the observation that followed."""
@@ -143,15 +143,19 @@ class StreamWriter:
         row = self._rows[0]
         if row >= self._limit[0]:
             self._wait_for_room(0)
-        mask = self._ring.mask
-        for (_, _, column, back), value in zip(self._setters, accepted, strict=True):
-            column[(row - back) & mask] = value
-        self._rows[0] = row + 1
-        self._changes += 1
-        if self._scalar_reward:
-            episode.reward += float(values["reward"])
-        if values["terminated"] or values["truncated"]:
-            self._end(0, bool(values["terminated"]), bool(values["truncated"]))
+        mask, total = self._ring.mask, episode.reward
+        try:
+            for (_, _, column, back), value in zip(self._setters, accepted, strict=True):
+                column[(row - back) & mask] = value
+            self._rows[0] = row + 1
+            self._changes += 1
+            if self._scalar_reward:
+                episode.reward = total + float(values["reward"])
+            if values["terminated"] or values["truncated"]:
+                self._end(0, bool(values["terminated"]), bool(values["truncated"]))
+        except BaseException:
+            self._undo({0: (row, total)})
+            raise
         if row >= self._half[0]:
             self._wake_committer(0)
 
@@ -163,19 +167,41 @@ class StreamWriter:
         accepted = {name: self._accept(name, flat[name]) for name in self._step_names}
         for env in envs:
             self._wait_for_room(env)
-        rows = np.array(self._rows)[envs]
-        for name, value in accepted.items():
-            back = 0 if self._schema.is_observation(name) else 1
-            self._ring.arrays[name][(rows - back) & self._ring.mask, envs] = value[envs]
-        self._advance(envs)
         terminated, truncated, reward = (
             accepted[name].reshape(*lead, -1)[:, 0].tolist() for name in ("terminated", "truncated", "reward")
         )
-        for env in envs:
-            if self._scalar_reward:
-                self._opened(env).reward += reward[env]
-            if terminated[env] or truncated[env]:
-                self._end(env, terminated[env], truncated[env])
+        before = {env: (self._rows[env], self._opened(env).reward) for env in envs}
+        try:
+            rows = np.array(self._rows)[envs]
+            for name, value in accepted.items():
+                back = 0 if self._schema.is_observation(name) else 1
+                self._ring.arrays[name][(rows - back) & self._ring.mask, envs] = value[envs]
+            self._advance(envs)
+            for env in envs:
+                if self._scalar_reward:
+                    self._opened(env).reward = before[env][1] + reward[env]
+                if terminated[env] or truncated[env]:
+                    self._end(env, terminated[env], truncated[env])
+        except BaseException:
+            self._undo(before)
+            raise
+
+    def _undo(self, before: Mapping[int, tuple[int, float]]) -> None:
+        """After an interrupt in the middle of a step: episodes end before it, or with it if they did.
+
+        `before` gives each environment's rows and sum of rewards as they were.
+        """
+        for env, (row, total) in before.items():
+            episode = self._open[env]
+            if episode is None:
+                continue
+            ended = [e for e in self._closed[-len(before) :] if e[:2] == (env, episode.first_row)]
+            if ended:
+                self._open[env] = None
+                self._log.extend(e[:3] for e in ended if e[:3] not in self._log)
+            else:
+                self._rows[env], episode.reward = row, total
+                self._end(env, False, False)
 
     def add_episode(
         self,
@@ -206,7 +232,7 @@ class StreamWriter:
             self._open[env] = OpenEpisode(self._rows[env], seed, int(self._clock() * 1e6), *described)
             try:
                 self._append_rows(env, arrays, length + 1)
-            except CommitError:
+            except BaseException:
                 self._cut(env)
                 raise
             if self._scalar_reward:
@@ -273,7 +299,6 @@ class StreamWriter:
 
     def _end(self, env: int, terminated: bool, truncated: bool) -> None:
         episode = self._describe(env, terminated, truncated)
-        self._open[env] = None
         last = (self._rows[env] - 1) & self._ring.mask
         for name in self._action_names:
             self._ring.arrays[name][last, env] = 0
@@ -281,6 +306,7 @@ class StreamWriter:
         if episode.length:
             self._closed.append(episode)
             self._log.append(episode[:3])
+        self._open[env] = None
 
     def _describe(self, env: int, terminated: bool = False, truncated: bool = False) -> Episode:
         episode = self._opened(env)
