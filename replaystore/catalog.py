@@ -13,12 +13,12 @@ from replaystore.errors import CorruptionError, StoreGone
 from replaystore.files import list_directory
 from replaystore.head import (
     HEAD,
-    SPARE,
     Head,
     check_episodes,
     decode_head,
     encode_head,
-    older_heads,
+    has_head,
+    kept_heads,
     read_head,
 )
 from replaystore.index import EpisodeIndex
@@ -54,7 +54,7 @@ class Catalog:
             try:
                 heads[stream] = read_head(path)
             except CorruptionError:
-                if stream in self.heads or (path / HEAD).exists() or (path / SPARE).exists():
+                if stream in self.heads or has_head(path):
                     raise
         return heads
 
@@ -80,7 +80,7 @@ class Catalog:
                 data = again  # its writer goes on, and has repacked a shard
 
     def _older_head(self, path: Path, newest: Head, error: CorruptionError) -> bytes:
-        for head, data in older_heads(path, self._schema):
+        for head, data in kept_heads(path, self._schema):
             if head.commit < newest.commit:
                 try:
                     check_files(path, head, self._schema)

@@ -87,7 +87,7 @@ class StreamCommitter:
             self.head = head
         if final:
             self._render_arrays(int(self.head.rows.max()), exact=True)
-            forget_older_heads(self.path)
+            forget_older_heads(self.path, self.head)
         return self.head
 
     def close(self) -> None:

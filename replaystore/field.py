@@ -18,7 +18,7 @@ MAX_ROW_BYTES = 1 << 28
 MAX_CHUNK_ROWS = 4096  # of which a flat file has a multiple
 DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
           "float16", "float32", "float64")  # fmt: skip
-RESERVED = {"index", "heads", "lock", "head.arrow", "head.spare.arrow", "zarr.json", "c"}
+RESERVED = {"index", "heads", "lock", "head.arrow", "zarr.json", "c"}
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _CODEC = re.compile(r"flat|blosc-(lz4|lz4hc|zstd)-([1-9])(-shuffle|-bitshuffle)?")
@@ -90,8 +90,13 @@ class Field:
         if kind is np.ndarray:
             if value.dtype == self.dtype and value.shape == lead + self.shape:
                 return value
-        elif not lead and not self.shape and (kind is self.dtype.type or kind is _NATIVE.get(self.dtype)):
-            return value
+        elif not lead and not self.shape:
+            if kind is self.dtype.type or kind is _NATIVE.get(self.dtype):
+                return value
+            if kind is int and self.dtype.kind in "iu":
+                limits = np.iinfo(self.dtype)
+                if limits.min <= value <= limits.max:
+                    return value
         return self._convert(value, lead + self.shape, is_number=not self.shape)
 
     def _convert(self, value: Any, shape: tuple[int, ...], *, is_number: bool) -> np.ndarray:

@@ -121,18 +121,25 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def write_spare(path: Path, data: bytes) -> None:
-    """Replace a file that nothing depends on: it is not synced, so a power cut may take it."""
-    os.replace(_write_partial(path, data, sync=False), path)
+    """Replace a file that nothing depends on: not synced, so a power cut or kill may spoil it.
+
+    It is made anew, because to rename over a file, or cut it to nothing, makes ext4 sync.
+    """
+    remove(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    try:
+        write_at(descriptor, data, 0)
+    finally:
+        os.close(descriptor)
 
 
-def _write_partial(path: Path, data: bytes, *, sync: bool = True) -> Path:
+def _write_partial(path: Path, data: bytes) -> Path:
     partial = path.with_name(f"{path.name}.{os.getpid()}-{next(_counter)}{PARTIAL}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
     try:
         try:
             write_at(descriptor, data, 0)
-            if sync:
-                os.fsync(descriptor)
+            os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except BaseException:

@@ -38,7 +38,6 @@ from replaystore.files import (
 from replaystore.schema import MAX_NUM_ENVS, Schema
 
 HEAD = "head.arrow"
-SPARE = "head.spare.arrow"
 HISTORY = "heads"
 MAX_HEAD_BYTES = 1 << 30
 _MARK = b"replaystore-crc32c:"
@@ -187,26 +186,29 @@ def _check_files(head: Head, schema: Schema, path: Path) -> None:
 def write_head(stream: Path, head: Head, schema: Schema) -> None:
     """Commit: everything the head names must be synced before.
 
-    A copy is kept for repairs. Of the heads before, each commit that is a multiple of 2^p stays
-    until two more such multiples are there, for p = 0, 1, …: whenever a copy of the directory was
-    begun, one of them is from before that, and speaks only of files that the copy holds.
+    Copies are kept in `heads/`: of the commits that are multiples of 2^p the last two, for each p.
+    Whenever a copy of the directory was begun, one of them is from before that, and speaks only of
+    files that the copy holds.
     """
     data = encode_head(head, schema)
     write_atomic(stream / HEAD, data)
-    write_spare(stream / SPARE, data)
-    power = 0
     if not (stream / HISTORY).is_dir():  # many ways of copying leave out empty directories
         make_directory(stream / HISTORY, exist_ok=True)
-    while head.commit and head.commit % (1 << power) == 0:
+    power = 0
+    while power == 0 or (head.commit and head.commit % (1 << power) == 0):
         write_spare(stream / HISTORY / f"{power:02d}-{head.commit >> power & 1}.arrow", data)
         power += 1
 
 
-def older_heads(stream: Path, schema: Schema) -> list[tuple[Head, bytes]]:
+def has_head(stream: Path) -> bool:
+    """Whether a stream had a first commit, though its head may be lost."""
+    return (stream / HEAD).exists() or bool(_kept(stream))
+
+
+def kept_heads(stream: Path, schema: Schema) -> list[tuple[Head, bytes]]:
     """The kept heads that can be read, the newest first."""
     found = {}
-    for name in list_directory(stream / HISTORY) if (stream / HISTORY).is_dir() else []:
-        path = stream / HISTORY / name
+    for path in _kept(stream):
         try:
             data = read_bytes(path, MAX_HEAD_BYTES)
             found[data] = decode_head(data, schema, path)
@@ -215,10 +217,16 @@ def older_heads(stream: Path, schema: Schema) -> list[tuple[Head, bytes]]:
     return sorted(((head, data) for data, head in found.items()), key=lambda pair: -pair[0].commit)
 
 
-def forget_older_heads(stream: Path) -> None:
-    """A store that nobody writes needs no older heads."""
-    for name in list_directory(stream / HISTORY) if (stream / HISTORY).is_dir() else []:
-        remove(stream / HISTORY / name)
+def forget_older_heads(stream: Path, head: Head) -> None:
+    """Keep of the older heads only the newest commit's copy: nobody writes the stream any more."""
+    for path in _kept(stream):
+        if path.name != f"00-{head.commit & 1}.arrow":
+            remove(path)
+
+
+def _kept(stream: Path) -> list[Path]:
+    folder = stream / HISTORY
+    return [folder / name for name in list_directory(folder)] if folder.is_dir() else []
 
 
 def read_head(stream: Path) -> bytes:

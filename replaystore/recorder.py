@@ -42,6 +42,9 @@ class _Recorder:
         self.stack = stack
         self.annotations: dict[str, Any] = {}
         self._frame_axis = frame_axis
+        before = (slice(None),) * frame_axis
+        self._newest = (*before, -1)
+        self._all_but_newest, self._all_but_oldest = (*before, slice(-1)), (*before, slice(1, None))
         self._waiting: deque[Callable[[], None]] = deque()
         self._has_gap = False
         self.observation_names = store.schema.names("observation")
@@ -84,7 +87,7 @@ class _Recorder:
         """A copy of the newest frame of a stacked observation, or of the observation."""
         if self.stack is None:
             return map_leaves(observation, np.array)
-        return map_leaves(observation, lambda leaf: np.take(leaf, -1, axis=self._frame_axis))
+        return map_leaves(observation, lambda leaf: np.array(leaf[self._newest]))
 
     def check_stack(self, observation: Any, before: Any) -> None:
         """Raise unless a step's observation is the last one moved on by a frame."""
@@ -92,9 +95,7 @@ class _Recorder:
             return
         for name in self.observation_names:
             now, last = leaf_at(observation, name), leaf_at(before, name)
-            moved = np.moveaxis(now, self._frame_axis, 0)[:-1]
-            kept = np.moveaxis(last, self._frame_axis, 0)[1:]
-            if not np.array_equal(moved, kept, equal_nan=now.dtype.kind == "f"):
+            if not _same(now[self._all_but_newest], last[self._all_but_oldest]):
                 raise SchemaError(
                     f"observation: expected the last stack of {self.stack.length} frames moved on by one;"
                     " a wrapper changes the frames: pass frame_stack=1 to store whole stacks"
@@ -106,10 +107,10 @@ class _Recorder:
             return
         for name in self.observation_names:
             leaf = leaf_at(observation, name)
-            frames = np.moveaxis(leaf, self._frame_axis, 0)
             padding = self.store.schema.by_name[name].padding_row()
+            frames = np.moveaxis(leaf, self._frame_axis, 0)
             expected = np.broadcast_to(frames[-1] if padding is None else padding, frames[:-1].shape)
-            if not np.array_equal(frames[:-1], expected, equal_nan=leaf.dtype.kind == "f"):
+            if not _same(frames[:-1], expected):
                 kind = "its newest frame" if padding is None else "the padding"
                 raise SchemaError(f"field {name!r}: expected an episode's first stack filled with {kind}")
 
@@ -126,6 +127,18 @@ class _Recorder:
                 raise SchemaError(f"field {name!r}: the environment's info has no such value")
             target[last] = source[last]
         return values | self.annotations
+
+
+def _same(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two arrays of one shape hold the same values, NaN being one."""
+    if first.dtype.kind == "f":
+        return np.array_equal(first, second, equal_nan=True)
+    return bool((first == second).all())
+
+
+def _copied(action: Any) -> Any:
+    """What an action was when it was taken, should the environment change it."""
+    return action if isinstance(action, (int, np.integer)) else copy.deepcopy(action)
 
 
 def _open_or_create(
@@ -205,7 +218,7 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         recorder = self._recorder
         recorder.before_step()
-        taken = copy.deepcopy(action)
+        taken = _copied(action)
         result = self.env.step(action)
         observation, reward, terminated, truncated, info = result
         with recorder.recording():

@@ -19,7 +19,7 @@ from replaystore.episodes import Episode, decode_table, episode_schema, episodes
 from replaystore.errors import CorruptionError, ReplayStoreError, WriterBusy
 from replaystore.field import Field
 from replaystore.files import Lock, chunk_path, make_directory, move, read_bytes, remove_tree, write_atomic
-from replaystore.head import HEAD, MAX_HEAD_BYTES, SPARE, Head, decode_head, empty_head
+from replaystore.head import HEAD, Head, decode_head, empty_head, kept_heads, read_head
 from replaystore.metadata import MAX_METADATA_BYTES, parse_root, render_group
 from replaystore.packed import MAX_SHARD_BYTES, find_index
 from replaystore.schema import Schema
@@ -106,16 +106,15 @@ def _repair_stream(root: Path, stream: int, root_bytes: bytes, dropped: Path) ->
 
 def _repair_head(path: Path, schema: Schema) -> Head | None:
     """The newest head that can be read, made the stream's head."""
-    for name in (HEAD, SPARE):
-        try:
-            data = read_bytes(path / name, MAX_HEAD_BYTES)
-            head = decode_head(data, schema, path / name)
-        except (ReplayStoreError, OSError):
-            continue  # the copy is tried, and then the stream is dropped
-        if name == SPARE:
-            write_atomic(path / HEAD, data)
-        return head
-    return None
+    try:
+        return decode_head(read_head(path), schema, path / HEAD)
+    except (ReplayStoreError, OSError):
+        kept = kept_heads(path, schema)
+    if not kept:
+        return None
+    head, data = kept[0]
+    write_atomic(path / HEAD, data)
+    return head
 
 
 def _drop(path: Path, dropped: Path) -> Path:

@@ -33,7 +33,7 @@ from replaystore.files import (
     write_atomic,
     write_new,
 )
-from replaystore.head import HEAD, SPARE, Head, decode_head, empty_head, read_head
+from replaystore.head import HEAD, Head, decode_head, empty_head, has_head, read_head
 from replaystore.index import Places
 from replaystore.metadata import MAX_METADATA_BYTES, parse_root, render_group, render_root
 from replaystore.reader import Allocate, Reader, Tail
@@ -364,7 +364,7 @@ class ReplayStore:
         if lock is None:
             return False
         try:
-            if not (path / HEAD).exists() and not (path / SPARE).exists():
+            if not has_head(path):
                 create_stream(path, self.schema, empty_head(self.schema, num_envs), self._root)
             head = self._newest_head(stream)
             if head.num_envs != num_envs:  # made meanwhile by somebody else

@@ -18,7 +18,7 @@ from replaystore.errors import ReplayStoreError
 from replaystore.field import Field
 from replaystore.files import chunk_path, list_directory, map_whole, read_bytes, read_range, size_of
 from replaystore.flat import file_checksum
-from replaystore.head import HEAD, SPARE, Head, check_episodes, decode_head, read_head
+from replaystore.head import HEAD, Head, check_episodes, decode_head, has_head, read_head
 from replaystore.metadata import MAX_METADATA_BYTES, check_array, check_group, parse_root, parse_stream
 from replaystore.packed import ABSENT, find_index
 from replaystore.schema import Schema
@@ -55,11 +55,7 @@ class Finding(NamedTuple):
 def stream_numbers(root: Path) -> list[int]:
     """The streams that have a first commit."""
     names = [name for name in list_directory(root / "streams") if len(name) == 6 and name.isdigit()]
-    return [
-        int(name)
-        for name in names
-        if any((root / "streams" / name / head).exists() for head in (HEAD, SPARE))
-    ]
+    return [int(name) for name in names if has_head(root / "streams" / name)]
 
 
 def verify(root: Path, progress: Progress = lambda: None) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from replaystore import codec as codec_module
-from replaystore.codec import ChunkCodec, _decompress_by_numcodecs, blosc_settings, crc32c
+from replaystore.codec import ChunkCodec, blosc_settings, crc32c
 from replaystore.errors import CorruptionError
 from replaystore.field import Field
 
@@ -34,9 +34,11 @@ def decode(codec, field, encoded):
 
 @pytest.fixture(params=["fast", "numcodecs"])
 def way(request, monkeypatch):
-    """Both ways to decompress: blosc's own function, and numcodecs where that cannot be found."""
+    """Both ways to decode: C functions by address, and the modules' own where those are not found."""
     if request.param == "numcodecs":
-        monkeypatch.setattr(codec_module, "_decompress", _decompress_by_numcodecs)
+        monkeypatch.setattr(codec_module, "checksum_at", codec_module._checksum_at)
+        monkeypatch.setattr(codec_module, "blosc_decompress", codec_module._decompress_at)
+        monkeypatch.setattr(codec_module, "lz4_prefix", None)
     return request.param
 
 
@@ -127,17 +129,38 @@ def test_a_frame_that_blosc_refuses_is_damage():
 
 def test_both_ways_say_the_same_of_a_frame():
     frame = bytes(numcodecs.Blosc("lz4", 1).encode(np.arange(64, dtype=np.uint8)))
-    memory = (ctypes.c_ubyte * 64)()
-    for function in (_decompress_by_numcodecs, codec_module._load_decompress()):
+    memory, wrong = (ctypes.c_ubyte * 64)(), b"\xff" + frame[1:]
+    address = ctypes.addressof(memory)
+    for decompress in (codec_module._decompress_at, codec_module.blosc_decompress):
         ctypes.memset(memory, 0, 64)
-        assert function(frame, ctypes.addressof(memory), 64, 1) == 64
+        assert decompress(address_of(frame), address, 64, 1) == 64
         assert bytes(memory) == bytes(range(64))
-        assert function(b"\xff" + frame[1:], ctypes.addressof(memory), 64, 1) < 0
+        assert decompress(address_of(wrong), address, 64, 1) < 0
+    for checksum in (codec_module._checksum_at, codec_module.checksum_at):
+        assert checksum(address_of(frame), len(frame)) == crc32c(frame)
 
 
-def test_numcodecs_stands_in_where_bloscs_function_is_not_found(monkeypatch):
-    monkeypatch.setattr(ctypes, "PyDLL", lambda path: object())
-    assert codec_module._load_decompress() is _decompress_by_numcodecs
+def address_of(data):
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
+
+
+def test_c_functions_are_found_here():
+    found = (codec_module.checksum_at, codec_module.blosc_decompress, codec_module.lz4_prefix)
+    assert all(isinstance(function, ctypes._CFuncPtr) for function in found)
+    assert codec_module._exported(numcodecs.blosc, "no_such_function") is None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_first_rows_of_a_plain_chunk_are_decoded_alone(rows):
+    field = field_of("blosc-lz4hc-5")
+    chunk = np.random.default_rng(0).integers(0, 3, (4, 20, 20), np.uint8)
+    codec, out = ChunkCodec(field), np.full((4, 20, 20), 99, np.uint8)
+    encoded = np.frombuffer(codec.encode(chunk), np.uint8)
+    frames = codec.check(np.array([encoded.ctypes.data]), np.array([len(encoded)]))
+    assert frames.plain == [True]
+    codec.decode_many(frames, [out.ctypes.data], [rows * 400])
+    assert np.array_equal(out[:rows], chunk[:rows])
+    assert (out[rows:] == 99).all()
 
 
 def test_the_checksum_is_crc32c_and_can_be_extended():

@@ -41,6 +41,10 @@ def check_episodes(store, read):
             expected = arrays[row["stream"]][name][rows, row["env"]]
             assert found.dtype == expected.dtype
             assert found.tobytes() == expected.tobytes(), (number, name)
+            behind = arrays[row["stream"]][name][row["first_row"] + row["length"], row["env"]]
+            assert schema.is_observation(name) or not behind.any(), (
+                "an episode's last row is an observation only"
+            )
     return arrays
 
 
@@ -113,7 +117,8 @@ def test_others_read_what_is_sampled(tmp_path, read):
 )
 def test_every_dtype_and_codec_is_read_by_zarr_and_tensorstore(tmp_path, dtype, codec):
     observation = Field("observation", (3, 2), dtype, codec=codec)
-    schema = Schema([observation, Field("action", (), "int64"), Field("reward", (), "float64"), *FLAGS])
+    rest = [Field("action", (), "int64"), Field("reward", (), "float64"), *FLAGS]
+    schema = Schema([observation, *rest], file_rows=4096, shard_chunks=16)
     rng = np.random.default_rng(0)
     bits = rng.integers(
         0, 2 if dtype == "bool" else 256, (31, 3, 2, observation.dtype.itemsize), dtype=np.uint8

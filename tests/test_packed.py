@@ -6,8 +6,9 @@ from test_processes import actions_of, check_counted, counting_schema, image, nu
 from test_windows import FLAGS
 
 from replaystore import Field, ReplayStore, Schema
+from replaystore import arena as arena_module
+from replaystore import catalog as catalog_module
 from replaystore import packed as packed_module
-from replaystore import reader as reader_module
 from replaystore.codec import ChunkCodec, crc32c
 from replaystore.errors import CommitError, CorruptionError
 from replaystore.files import FileState
@@ -24,6 +25,12 @@ def encoded(value):
     else:
         rows = np.full((2, 10, 10), value, np.uint8)
     return ChunkCodec(FIELD).encode(rows)
+
+
+def chunk_of(shard, i):
+    """The encoded bytes of a shard's chunk, or None if it is absent."""
+    offset, nbytes = map(int, shard.index[i])
+    return None if nbytes == ABSENT else shard.data[offset : offset + nbytes].tobytes()
 
 
 class Packed:
@@ -55,12 +62,9 @@ class Packed:
         states, chunks = states or self.states, chunks or self.chunks
         for number, state in states.items():
             shard = open_shard(self.writer.shard_path(number), state, CHUNKS)
-            for i in range(CHUNKS):
-                if (value := chunks.get(number * CHUNKS + i)) is None:
-                    with pytest.raises(CorruptionError, match=f"chunk {i} is missing"):
-                        shard.chunk(i)
-                else:
-                    assert shard.chunk(i) == encoded(value)
+            found = [chunk_of(shard, i) for i in range(CHUNKS)]
+            values = [chunks.get(number * CHUNKS + i) for i in range(CHUNKS)]
+            assert found == [None if value is None else encoded(value) for value in values]
 
 
 def test_chunks_are_appended_into_shards_and_replaced(tmp_path):
@@ -154,8 +158,8 @@ def test_an_open_map_outlives_repacking(tmp_path):
     shard = open_shard(packed.writer.shard_path(0), packed.states[0], CHUNKS)
     packed.repack(0)
     packed.write({1: 7})
-    assert shard.chunk(0) == encoded(5)
-    assert shard.chunk(1) == encoded(6)
+    assert chunk_of(shard, 0) == encoded(5)
+    assert chunk_of(shard, 1) == encoded(6)
     packed.writer.close()
 
 
@@ -355,29 +359,52 @@ def test_a_failed_sync_of_a_repacked_shard_loses_nothing(tmp_path, monkeypatch):
             assert actions_of(reader) == numbers_below(90)
 
 
-def test_a_reader_that_is_behind_finds_a_shard_though_its_writer_repacks_it_meanwhile(tmp_path, monkeypatch):
-    schema = Schema(counting_schema().fields, file_rows=4096, shard_chunks=64)
-    monkeypatch.setattr("replaystore.commit.DEAD_BYTES", 1)
+def commit_each(store, numbers):
+    for i in numbers:
+        record(store, [i])
+        store.flush()
 
-    def commit_each(numbers):
-        for i in numbers:
-            record(store, [i])
-            store.flush()
+
+def overtaking(monkeypatch, store, owner, first, rounds):
+    """Have the writer commit and repack its open shard behind each head that a reader reads."""
+    original, left = owner.read_head, list(range(rounds))
 
     def read_head(stream):
         head = original(stream)
-        if rounds:
-            commit_each(range(rounds[0], rounds.pop(0) + 40))
+        if left:
+            start = first + 20 * (rounds - len(left))
+            left.pop()
+            commit_each(store, range(start, start + 20))
         return head
 
-    original, rounds = reader_module.read_head, [40, 80]
+    monkeypatch.setattr(owner, "read_head", read_head)
+    return left
+
+
+def test_a_reader_that_is_behind_finds_a_shard_though_its_writer_repacks_it_meanwhile(tmp_path, monkeypatch):
+    schema = Schema(counting_schema().fields, file_rows=4096, shard_chunks=64)
+    monkeypatch.setattr("replaystore.commit.DEAD_BYTES", 1)
     with ReplayStore.create(tmp_path / "store", schema) as store:
-        commit_each(range(10))
+        commit_each(store, range(10))
         with ReplayStore.open(tmp_path / "store") as reader:
-            commit_each(range(10, 40))
-            monkeypatch.setattr(reader_module, "read_head", read_head)
+            commit_each(store, range(10, 40))
+            left = overtaking(monkeypatch, store, arena_module, 40, 3)
             assert actions_of(reader) == numbers_below(10)
-    assert len(rounds) < 2, "the reader found the shard of its own commit"
+            reader.check()
+    assert len(left) < 3, "the reader found the shard of its own commit"
+
+
+def test_a_store_is_opened_though_its_writer_repacks_meanwhile(tmp_path, monkeypatch):
+    schema = Schema(counting_schema().fields, file_rows=4096, shard_chunks=64)
+    monkeypatch.setattr("replaystore.commit.DEAD_BYTES", 1)
+    with ReplayStore.create(tmp_path / "store", schema) as store:
+        commit_each(store, range(10))
+        overtaking(monkeypatch, store, catalog_module, 10, 5)
+        with ReplayStore.open(tmp_path / "store") as reader:
+            shown = actions_of(reader)
+            assert len(shown) >= len(numbers_below(10))
+            assert shown == numbers_below(200)[: len(shown)]
+            reader.check()
 
 
 def test_many_environments_share_a_shard(tmp_path):

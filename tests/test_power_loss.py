@@ -80,7 +80,7 @@ def problem_of(path: Path, acknowledged: int, *, append: bool) -> str | None:
         if append:
             with ReplayStore.open(path) as store:
                 assert check_transitions(store) == list(range(len(numbers) + 20))
-    except (ReplayStoreError, AssertionError) as error:
+    except (ReplayStoreError, AssertionError, UserWarning) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -98,23 +98,37 @@ with ReplayStore.open(path, "a") as store:
 def test_a_reader_beside_a_writer_sees_only_whole_commits_in_order(tmp_path):
     ReplayStore.create(tmp_path / "store", counting_schema()).close()
     steps = 4000
-    writer = started(WRITE_AND_TELL, tmp_path / "store", steps)
-    writer.stdout.readline()
     rng = np.random.default_rng(0)
     lengths = []
-    with ReplayStore.open(tmp_path / "store") as reader:
-        while writer.poll() is None:
+    with started(WRITE_AND_TELL, tmp_path / "store", steps) as writer:
+        writer.stdout.readline()
+        with ReplayStore.open(tmp_path / "store") as reader:
+            while writer.poll() is None:
+                reader.refresh()
+                lengths.append(len(reader))
+                batch = reader.read(np.arange(len(reader)))
+                assert batch.action.tolist() == numbers_below(steps)[: len(reader)]
+                check_counted(batch)
+                check_counted(reader.sample(50, rng=rng))
+                reader.check()
             reader.refresh()
-            lengths.append(len(reader))
-            batch = reader.read(np.arange(len(reader)))
-            assert batch.action.tolist() == numbers_below(steps)[: len(reader)]
-            check_counted(batch)
-            check_counted(reader.sample(50, rng=rng))
-            reader.check()
-        reader.refresh()
-        assert len(reader) == len(numbers_below(steps))
-    assert writer.communicate()[1] == ""
+            assert len(reader) == len(numbers_below(steps))
+        assert writer.stderr.read() == ""
     assert writer.returncode == 0
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 2, "the reader saw no commit but the last"
+
+
+def test_a_store_can_be_opened_at_any_moment_of_its_writing(tmp_path):
+    ReplayStore.create(tmp_path / "store", counting_schema()).close()
+    lengths = []
+    with started(WRITE_AND_TELL, tmp_path / "store", 4000) as writer:
+        writer.stdout.readline()
+        while writer.poll() is None:
+            with ReplayStore.open(tmp_path / "store") as reader:
+                lengths.append(len(reader))
+                assert actions_of(reader) == numbers_below(4000)[: len(reader)]
+        assert writer.stderr.read() == ""
     assert lengths == sorted(lengths)
     assert len(set(lengths)) > 2, "the reader saw no commit but the last"
 

@@ -898,14 +898,43 @@ def test_rows_of_many_files_are_found(tmp_path):
     assert len(list((tmp_path / "store/streams/000000/action/c").iterdir())) >= 4
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 1 << 12, 1 << 24])
-def test_the_size_of_the_cache_changes_nothing_but_speed(tmp_path, cache_bytes):
-    with ReplayStore.create(tmp_path / "store", counting_schema(), cache_bytes=cache_bytes) as store:
-        record(store, range(1500))
-        store.flush()
-        rng = np.random.default_rng(0)
-        with ReplayStore.open(tmp_path / "store", cache_bytes=cache_bytes) as reader:
-            for opened in (store, reader):
-                for n in (1, 300, 2000):
+@pytest.mark.parametrize(
+    ("cache_bytes", "slice_rows", "piece_rows"),
+    [(0, 160, 1 << 16), (0, 4, 64), (0, 1, 7), (1 << 15, 4, 64), (1 << 24, 4, 64)],
+)
+def test_the_size_of_the_cache_changes_nothing_but_speed(
+    tmp_path, monkeypatch, cache_bytes, slice_rows, piece_rows
+):
+    monkeypatch.setattr("replaystore.arena.SLICE_ROWS", slice_rows)
+    monkeypatch.setattr("replaystore.arena.PIECE_ROWS", piece_rows)
+    rng = np.random.default_rng(0)
+    with (
+        ReplayStore.create(tmp_path / "store", counting_schema(), cache_bytes=cache_bytes) as store,
+        ReplayStore.open(tmp_path / "store", cache_bytes=cache_bytes) as reader,
+    ):
+        for start in range(0, 300, 60):
+            record(store, range(start, start + 60))
+            store.flush()
+            if rng.random() < 0.7:
+                reader.refresh()
+            for opened in (opened for opened in (store, reader) if len(opened)):
+                for n in (1, 30, 150):
                     check_counted(opened.sample(n, rng=rng))
-                assert actions_of(opened) == numbers_below(1500)
+                window = Transition(frame_stack=int(rng.integers(1, 6)), n_step=int(rng.integers(1, 4)))
+                check_stacked(opened.sample(50, window, rng=rng), window)
+                numbers = numbers_below(300)[: len(opened)]
+                assert actions_of(opened) == numbers
+                backwards = opened.read(np.arange(len(opened))[::-1])
+                check_counted(backwards)
+                assert backwards.action.tolist() == numbers[::-1]
+
+
+def check_stacked(batch, window):
+    """Every frame of a stack is the one so many steps before, but none before the episode's first."""
+    number = batch.action - 1
+    last = np.minimum(number + window.n_step, (number // 20 + 1) * 20 - 1)
+    back = np.arange(1 - window.frame_stack, 1)
+    for found, newest in ((batch.observation, number), (batch.next_observation, last)):
+        frames = np.maximum(newest[:, None] + back, newest[:, None] // 20 * 20)
+        found = found if window.frame_stack > 1 else found[:, None]
+        assert (found == (frames % 251)[..., None, None]).all()
