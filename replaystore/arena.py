@@ -103,8 +103,8 @@ class PackedColumn:
         first = int(self._first_shard[self._streams.index(stream)])
         for number, state in old.files[name].items():
             if space.head.files[name].get(number) != state:
+                self._start[first + number] = 0  # before the map goes, should an interrupt come
                 self._shards.pop(first + number, None)
-                self._start[first + number] = 0
         rows = old.field_rows(self._schema, name)
         chunks = space.base // size + rows // size * old.num_envs + np.arange(old.num_envs)
         self._slots[chunks[rows % size != 0]] = 0
@@ -191,8 +191,8 @@ class PackedColumn:
         return int(self._first_shard[place] + (chunk - self._bases[place]) // self._shard_chunks[place])
 
     def _forget_shards(self, count: int) -> None:
-        self._shards: dict[int, Shard] = {}
         self._start = np.zeros(count, np.int64)  # by shard: address of its bytes, 0 if not open
+        self._shards: dict[int, Shard] = {}
         self._index = np.zeros(count, np.int64)  # address of its index
         self._nbytes = np.zeros(count, np.int64)
 
@@ -203,9 +203,9 @@ class PackedColumn:
         for shard in unopened.tolist():
             opened = self._open(shard)
             self._shards[shard] = opened
-            self._start[shard] = opened.data.ctypes.data
             self._index[shard] = opened.index.ctypes.data
             self._nbytes[shard] = len(opened.data)
+            self._start[shard] = opened.data.ctypes.data
 
     def _open(self, shard: int) -> Shard:
         place = int(self._first_shard.searchsorted(shard, side="right")) - 1

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from replaystore.codec import ChunkCodec
 from replaystore.episodes import PART_EPISODES, Episode, episode_schema, episode_table, write_part
-from replaystore.files import FileState, make_parents, write_atomic
+from replaystore.files import FileState, make_parents, sweep_partials, write_atomic
 from replaystore.flat import FlatState, FlatWriter
 from replaystore.head import Head, forget_older_heads, write_head
 from replaystore.metadata import render_array, render_group
@@ -39,6 +39,7 @@ class StreamCommitter:
 
     def __init__(self, path: Path, schema: Schema, head: Head) -> None:
         """Take up the files where the head left them, cutting off what it does not name."""
+        sweep_partials(path)
         self.path = path
         self.head = head
         self._schema = schema
@@ -89,13 +90,6 @@ class StreamCommitter:
             self._render_arrays(int(self.head.rows.max()), exact=True)
             forget_older_heads(self.path, self.head)
         return self.head
-
-    def close(self) -> None:
-        """Close the files; a later commit opens them again."""
-        for flat in self._flat.values():
-            flat.close()
-        for packed in self._packed.values():
-            packed.close()
 
     def _next_head(self, pending: Pending) -> Head:
         table = episode_schema(self._schema)

@@ -158,6 +158,14 @@ def make_directory(path: Path, *, exist_ok: bool = False) -> None:
     sync_directory(path.parent)
 
 
+def sweep_partials(path: Path) -> None:
+    """Remove what a write that was cut short left below a directory that nobody else writes."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            if name.endswith(PARTIAL):
+                remove(Path(folder, name))
+
+
 def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -234,17 +242,22 @@ class GrowingFile:
         self._closer = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
-    def create(cls, path: Path, *, nbytes: int | None = None) -> "GrowingFile":
-        """Open, or create so that its name is durable; `nbytes` is its length, without disk blocks."""
+    def create(cls, path: Path, *, is_named: bool) -> "GrowingFile":
+        """Open or create; unless `is_named`, its name is made durable too."""
         file = cls(path, _open_regular(path, os.O_RDWR | os.O_CREAT))
         try:
-            if nbytes is not None:
-                file.truncate(nbytes)
-            sync_directory(path.parent)
+            if not is_named:
+                sync_directory(path.parent)
         except BaseException:
             file.close()
             raise
         return file
+
+    def __enter__(self) -> "GrowingFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def read(self, nbytes: int, offset: int) -> bytes:
         return read_at(self._descriptor, nbytes, offset)

@@ -74,14 +74,14 @@ class FlatWriter:
         self._time_chunk = time_chunk
         self._shape = (num_envs, *field.shape)
         self._stride = num_envs * field.row_nbytes
-        self._files: dict[int, GrowingFile] = {}
+        self._named: set[int] = set()  # files whose names are durable
 
     def resume(self, floor: int, top: int) -> None:
         """Take up the array of an earlier writer where its last commit left it."""
         number = floor // self._time_chunk
         nbytes = (floor - number * self._time_chunk) * self._stride
-        data = self._open(number).read(nbytes, 0) if nbytes else b""
-        self.state = FlatState(floor, top, crc32c(data))
+        path = chunk_path(self._path, number, self._ndim)
+        self.state = FlatState(floor, top, crc32c(read_range(path, 0, nbytes)) if nbytes else 0)
 
     def cells(self, top: int) -> np.ndarray:
         """An array for the rows from the state's floor to `top`, holding those already written."""
@@ -89,7 +89,8 @@ class FlatWriter:
         cells = np.zeros((max(top, old_top) - floor, *self._shape), self.field.dtype)
         for number, low, high in self._pieces(floor, old_top):
             offset = (low - number * self._time_chunk) * self._stride
-            data = self._open(number).read((high - low) * self._stride, offset)
+            path = chunk_path(self._path, number, self._ndim)
+            data = read_range(path, offset, (high - low) * self._stride)
             cells[low - floor : high - floor] = np.frombuffer(data, cells.dtype).reshape(-1, *self._shape)
         return cells
 
@@ -101,20 +102,15 @@ class FlatWriter:
         for number, low, high in self._pieces(first, top):
             start = number * self._time_chunk
             data = cells[low - first : high - first].reshape(high - low, -1).view(np.uint8)
-            file = self._open(number)
-            file.write(data.reshape(-1).data, (low - start) * self._stride)
-            file.sync()
+            with self._open(number) as file:
+                file.write(data.reshape(-1).data, (low - start) * self._stride)
+                file.sync()
             complete = min(max(floor, low), high) - low
             below = crc32c(data[:complete], prefix if start <= first else 0)
             files.append(FileState(number, (high - start) * self._stride, crc32c(data[complete:], below)))
             if number == floor // self._time_chunk:
                 crc = below
         return FlatState(floor, top, crc), files
-
-    def close(self) -> None:
-        """Close the files; a later write opens them again."""
-        while self._files:
-            self._files.popitem()[1].close()
 
     def _pieces(self, low: int, high: int) -> list[tuple[int, int, int]]:
         """Split rows of time into (file number, low, high)."""
@@ -123,13 +119,12 @@ class FlatWriter:
         return [(n, max(low, n * size), min(high, (n + 1) * size)) for n in numbers if low < high]
 
     def _open(self, number: int) -> GrowingFile:
-        if number not in self._files:
-            for old in [old for old in self._files if old < number - 1]:
-                self._files.pop(old).close()
-            path = chunk_path(self._path, number, self._ndim)
-            make_parents(path, self._path)
-            self._files[number] = GrowingFile.create(path, nbytes=self._time_chunk * self._stride)
-        return self._files[number]
+        path = chunk_path(self._path, number, self._ndim)
+        make_parents(path, self._path)
+        file = GrowingFile.create(path, is_named=number in self._named)
+        self._named.add(number)
+        file.truncate(self._time_chunk * self._stride)
+        return file
 
 
 class FlatColumn:

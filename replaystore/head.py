@@ -123,6 +123,8 @@ def decode_head(data: bytes, schema: Schema, path: Path) -> Head:
     row = decode_table(data, _arrow_schema(episodes), path).to_batches()
     if len(row) != 1 or row[0].num_rows != 1:
         raise CorruptionError(f"{path}: expected one row")
+    if _nulls(row[0]):
+        raise CorruptionError(f"{path}: nulls where there are none")
     lists = {name: row[0].column(name)[0] for name in row[0].schema.names}
     rows = np.array(lists["rows"].values, np.int64)
     if not 0 < len(rows) <= MAX_NUM_ENVS or (rows < 0).any():
@@ -238,6 +240,13 @@ def _replace_checksum(data: bytes, digits: bytes) -> bytes:
         start = at + len(_MARK)
         data = data[:start] + digits + data[start + 8 :]
     return data
+
+
+def _nulls(row: pa.RecordBatch) -> int:
+    """Nulls among the rows and files; those of episodes are checked with them."""
+    rows, files, parts = (row.column(name).values for name in ("rows", "files", "parts"))
+    children = [states.field(i) for states in (files, parts) for i in range(_FILE.num_fields)]
+    return sum(array.null_count for array in (rows, files, parts, *children))
 
 
 def _one_list(values: pa.Array) -> pa.ListArray:

@@ -137,7 +137,7 @@ class PackedWriter:
         self.chunks = chunks
         self._path = path
         self._ndim = 2 + len(field.shape)
-        self._files: dict[int, GrowingFile] = {}
+        self._named: set[int] = set()  # shards whose names are durable
 
     def resume(self, states: Iterable[FileState]) -> None:
         """Take up the open shards of an earlier writer; what it wrote after its commit is cut off."""
@@ -148,7 +148,8 @@ class PackedWriter:
             for i in np.flatnonzero(index[:, 1] != ABSENT):
                 checksums[i] = _chunk_checksum(shard.data, index[i])
             self.shards[state.number] = ShardState(len(shard.data), index, checksums)
-            self._open(state.number).truncate(len(shard.data))
+            with self._open(state.number) as file:
+                file.truncate(len(shard.data))
 
     def shard_path(self, number: int) -> Path:
         return chunk_path(self._path, number, self._ndim)
@@ -174,10 +175,10 @@ class PackedWriter:
             checksums[i] = int.from_bytes(data[-4:], "little")
             offset += len(data)
         blob = b"".join([*chunks.values(), _encode_index(index)])
-        file = self._open(number)
-        file.truncate(old.nbytes)
-        file.write(blob, old.nbytes)
-        file.sync()
+        with self._open(number) as file:
+            file.truncate(old.nbytes)
+            file.write(blob, old.nbytes)
+            file.sync()
         return ShardState(old.nbytes + len(blob), index, checksums)
 
     def repack(self, number: int) -> FileState:
@@ -193,27 +194,16 @@ class PackedWriter:
             offset += nbytes
         blob = b"".join([*parts, _encode_index(index)])
         write_atomic(path, blob)
-        self._forget(number)
         self.shards[number] = ShardState(len(blob), index, state.checksums)
         return self.shards[number].file(number)
 
     def seal(self, number: int) -> None:
         """Forget a shard that is full and repacked: nothing is written to it again."""
-        self._forget(number)
         del self.shards[number]
 
-    def close(self) -> None:
-        """Close the files; a later write opens them again."""
-        while self._files:
-            self._files.popitem()[1].close()
-
-    def _forget(self, number: int) -> None:
-        if number in self._files:
-            self._files.pop(number).close()
-
     def _open(self, number: int) -> GrowingFile:
-        if number not in self._files:
-            path = self.shard_path(number)
-            make_parents(path, self._path)
-            self._files[number] = GrowingFile.create(path)
-        return self._files[number]
+        path = self.shard_path(number)
+        make_parents(path, self._path)
+        file = GrowingFile.create(path, is_named=number in self._named)
+        self._named.add(number)
+        return file

@@ -5,6 +5,7 @@ rows, and, when it was opened for writing, the writer of one stream.
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -22,7 +23,14 @@ from replaystore.arena import stream_path
 from replaystore.catalog import Catalog
 from replaystore.commit import create_stream
 from replaystore.episodes import integers
-from replaystore.errors import ClosedError, CorruptionError, FormatError, ReadOnlyError, UsageError
+from replaystore.errors import (
+    ClosedError,
+    CorruptionError,
+    FormatError,
+    ReadOnlyError,
+    ReplayStoreError,
+    UsageError,
+)
 from replaystore.files import (
     PARTIAL,
     Lock,
@@ -33,7 +41,7 @@ from replaystore.files import (
     write_atomic,
     write_new,
 )
-from replaystore.head import HEAD, Head, decode_head, empty_head, has_head, read_head
+from replaystore.head import HEAD, Head, decode_head, empty_head, encode_head, has_head, read_head
 from replaystore.index import Places
 from replaystore.metadata import MAX_METADATA_BYTES, parse_root, render_group, render_root
 from replaystore.reader import Allocate, Reader, Tail
@@ -66,6 +74,8 @@ class ReplayStore:
         self._tail: Tail | None = None  # what the writer's ring holds beyond the heads shown
         self._rng = np.random.default_rng()
         self._closed = False
+        self._cache_bytes = cache_bytes
+        self._is_behind = False  # an interrupt came while commits were taken over
         self._load(heads if heads is not None else self._catalog.choose_heads())
         _stores.add(self)
 
@@ -210,7 +220,14 @@ class ReplayStore:
         """Move to the newest commit of every stream; transition numbers may change, ids do not."""
         self._check_open()
         with self._lock:
-            self._load(self._catalog.read_heads())
+            heads = self._catalog.read_heads()
+            self._is_behind = True
+            try:
+                self._load(heads)
+            except (ReplayStoreError, OSError):
+                self._is_behind = False  # nothing was taken over
+                raise
+            self._is_behind = False
 
     @property
     def snapshot(self) -> dict[int, bytes]:
@@ -408,6 +425,19 @@ class ReplayStore:
                 rings = {name: array[0] for name, array in arrays.items()}
                 writer.refill(env, int(floor), int(rows - floor), rings)
 
+    def _rebuild(self) -> None:
+        """Begin anew from the heads: an interrupt has left the index or the reader half-way."""
+        heads = self._catalog.read_heads()
+        catalog = Catalog(self.path, self.schema)
+        reader = Reader(self.path, self.schema, cache_bytes=self._cache_bytes)
+        with self._writer.lock if self._writer is not None else contextlib.nullcontext():
+            if self._writer is not None:
+                heads[self._writer.number] = encode_head(self._writer.head, self.schema)
+                self._writer.forget_taken()
+            self._catalog, self._reader = catalog, reader
+            self._load(heads)
+            self._catalog.writer = self._writer
+
     def _load(self, heads: Mapping[int, bytes]) -> None:
         changed = self._catalog.decode(heads)
         if changed:
@@ -417,13 +447,17 @@ class ReplayStore:
     def _catch_up(self) -> None:
         """In the process that writes: take in what was appended since the last call."""
         self._check_open()
+        if self._is_behind:
+            self._rebuild()
         if self._writer is not None:
+            self._is_behind = True
             with self._writer.lock:
                 changed = self._catalog.catch_up()
             if changed:
                 self._reader.update(changed)
             head = self._catalog.heads[self._writer.number]
             self._tail = Tail(self._writer.number, self._writer.floor_of(head), self._writer.ring)
+        self._is_behind = False
 
     @contextlib.contextmanager
     def _commits_held(self) -> Iterator[None]:
@@ -482,7 +516,9 @@ def _make_root(path: Path, data: bytes) -> None:
         raise FormatError(f"{path}: a store or a file is already there") from error
     except (NotADirectoryError, FileNotFoundError) as error:
         raise FormatError(f"{path}: expected a path whose parent is a directory") from error
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         raise ReadOnlyError(f"{path}: the directory cannot be written: {error}") from error
 
 

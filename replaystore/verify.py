@@ -181,14 +181,15 @@ def _flat_file(
             yield Finding(file, f"expected {whole} bytes, found {found}", *spoiled)
             return
         checksum = file_checksum(file, field, rows - start, state.nbytes)
+        flags = read_range(file, 0, state.nbytes) if field.name in ("terminated", "truncated") else None
     except (ReplayStoreError, OSError) as error:
         yield Finding(file, str(error), *spoiled)
         return
     if (stop - start) * (whole // size) != state.nbytes or checksum != state.crc32c:
         problem = f"expected checksum {state.crc32c:08x} over {state.nbytes} bytes, found {checksum:08x}"
         yield Finding(file, problem, *spoiled)
-    elif episodes is not None and field.name in ("terminated", "truncated"):
-        cells = np.frombuffer(read_range(file, 0, state.nbytes), bool).reshape(-1, head.num_envs)
+    elif episodes is not None and flags is not None:
+        cells = np.frombuffer(flags, bool).reshape(-1, head.num_envs)
         yield from _flags(file, stream, field.name, cells, start, episodes)
 
 

@@ -350,6 +350,10 @@ class StreamWriter:
 
     # ---- what is there, for the process that writes; the caller holds `lock`
 
+    def forget_taken(self) -> None:
+        """Give the episodes that are in no commit once more, to a reader that begins from the head."""
+        self._log = [episode[:3] for episode in self._closed]
+
     def take_ended(self) -> Ended:
         """Episodes that ended since the last call."""
         log, self._log = self._log, []
@@ -411,7 +415,6 @@ class StreamWriter:
     def discard(self) -> None:
         """Let go of the stream without a commit."""
         self._closing = self._stopped = True
-        self._give_up()
         self._file_lock.release()
 
     def abandon(self) -> None:
@@ -478,19 +481,13 @@ class StreamWriter:
                 self._adopt(committer.commit(pending, self._ring), changes)
             self._adopt(committer.tidy(final=final), changes)
         except Exception as error:  # whatever it is, it belongs to the caller, not to this thread
-            self._give_up()
+            self._committer = None
             failure = _commit_error(error, self.path)
         with self.lock:
             self._failure = failure
             self._served = asked
             self._done.notify_all()
         return True
-
-    def _give_up(self) -> None:
-        """Let go of files of which a failed call may have left anything."""
-        committer, self._committer = self._committer, None
-        if committer is not None:
-            committer.close()
 
     def _recover(self) -> StreamCommitter:
         """After a failure: take the stream up from its head on disk, as after a restart.
