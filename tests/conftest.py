@@ -28,3 +28,9 @@ def _nothing_stays_open(tmp_path: Path) -> Iterator[None]:
     yield
     assert open_files(tmp_path) == []
     assert [each for each in set(threading.enumerate()) - before if each.name == "replaystore-commit"] == []
+
+
+@pytest.fixture
+def _no_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait for the disk, in tests that are not about power cuts."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)

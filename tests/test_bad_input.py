@@ -28,6 +28,8 @@ from replaystore import (
 from replaystore.errors import FormatTooNew, ReadOnlyError
 from replaystore.recorder import RecordReplay
 
+pytestmark = pytest.mark.usefixtures("_no_syncs")
+
 FRAME = np.arange(900, dtype=np.uint8).reshape(30, 30)
 
 

@@ -8,6 +8,8 @@ from test_windows import FLAGS, Recorded, check_items, flat_batch, random_value,
 
 from replaystore import Field, ReplayStore, Schema, Transition
 
+pytestmark = pytest.mark.usefixtures("_no_syncs")
+
 OPERATIONS = {
     "step": 60,
     "reset": 8,

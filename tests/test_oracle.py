@@ -12,6 +12,8 @@ from test_windows import FLAGS, random_value
 from replaystore import Field, ReplayStore, Schema, Transition
 from replaystore.metadata import check_array
 
+pytestmark = pytest.mark.usefixtures("_no_syncs")
+
 
 def by_zarr(path, stream, name):
     return zarr.open_array(path / "streams" / f"{stream:06d}" / name, mode="r")[:]

@@ -14,6 +14,8 @@ from replaystore.errors import CommitError, CorruptionError
 from replaystore.files import FileState
 from replaystore.packed import ABSENT, PackedWriter, open_shard, read_index
 
+pytestmark = pytest.mark.usefixtures("_no_syncs")
+
 CHUNKS = 6
 FIELD = Field("x", (10, 10), "uint8", chunk_rows=2, codec="blosc-lz4-1")
 
@@ -53,7 +55,6 @@ class Packed:
         self.states[number] = self.writer.repack(number)
 
     def resume(self):
-        self.writer.close()
         self.writer = PackedWriter(self.path, FIELD, chunks=CHUNKS)
         self.writer.resume(self.states.values())
 
@@ -78,7 +79,6 @@ def test_chunks_are_appended_into_shards_and_replaced(tmp_path):
         if rng.random() < 0.4:
             packed.resume()
     assert len(packed.states) == 4
-    packed.writer.close()
 
 
 def test_every_commit_ends_in_a_whole_index(tmp_path):
@@ -90,7 +90,6 @@ def test_every_commit_ends_in_a_whole_index(tmp_path):
         index = read_index(np.frombuffer(data, np.uint8), CHUNKS)
         assert (index[: number + 1, 1] != ABSENT).all()
         assert (index[number + 1 :] == ABSENT).all()
-    packed.writer.close()
 
 
 def test_a_commit_of_before_is_read_though_more_was_appended(tmp_path):
@@ -100,7 +99,6 @@ def test_a_commit_of_before_is_read_though_more_was_appended(tmp_path):
     packed.write({1: 3, 2: 4})
     packed.check(before, chunks)
     packed.check()
-    packed.writer.close()
 
 
 def test_what_was_not_committed_is_cut_off_and_written_over(tmp_path):
@@ -114,7 +112,6 @@ def test_what_was_not_committed_is_cut_off_and_written_over(tmp_path):
         packed.write({1: 3 + resume})
         packed.check()
         assert packed.writer.shard_path(0).stat().st_size == packed.states[0].nbytes
-    packed.writer.close()
 
 
 def test_repacking_keeps_the_chunks_and_drops_the_dead_bytes(tmp_path):
@@ -132,7 +129,6 @@ def test_repacking_keeps_the_chunks_and_drops_the_dead_bytes(tmp_path):
     packed.check()
     packed.resume()
     packed.check()
-    packed.writer.close()
 
 
 def test_a_repacked_shard_is_found_by_the_commit_before_it(tmp_path):
@@ -148,7 +144,6 @@ def test_a_repacked_shard_is_found_by_the_commit_before_it(tmp_path):
     packed.resume()
     packed.write({2: 3})
     packed.check()
-    packed.writer.close()
 
 
 def test_an_open_map_outlives_repacking(tmp_path):
@@ -160,7 +155,6 @@ def test_an_open_map_outlives_repacking(tmp_path):
     packed.write({1: 7})
     assert chunk_of(shard, 0) == encoded(5)
     assert chunk_of(shard, 1) == encoded(6)
-    packed.writer.close()
 
 
 def foreign(tmp_path, chunks):
@@ -168,7 +162,6 @@ def foreign(tmp_path, chunks):
     other = Packed(tmp_path / "other")
     (tmp_path / "other").mkdir()
     other.write(chunks)
-    other.writer.close()
     return other.writer.shard_path(0).read_bytes()
 
 
@@ -193,7 +186,6 @@ WRONG = {
 def test_a_shard_that_is_not_the_one_committed_is_refused(tmp_path, wrong):
     packed = Packed(tmp_path)
     packed.write({0: 1, 1: 2, 2: 3})
-    packed.writer.close()
     path = packed.writer.shard_path(0)
     data = WRONG[wrong](path.read_bytes(), tmp_path)
     if data is None:
@@ -208,7 +200,6 @@ def test_a_shard_that_is_not_the_one_committed_is_refused(tmp_path, wrong):
 def test_what_is_no_regular_file_is_no_shard(tmp_path, kind):
     packed = Packed(tmp_path)
     packed.write({0: 1})
-    packed.writer.close()
     path = packed.writer.shard_path(0)
     path.rename(path.with_name("moved"))
     if kind == "directory":

@@ -2,6 +2,7 @@ import errno
 import gc
 import json
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -32,11 +33,14 @@ from replaystore import (
     Transition,
     UsageError,
 )
+from replaystore import commit as commit_module
 from replaystore.catalog import Catalog
 from replaystore.commit import StreamCommitter
 from replaystore.errors import CommitError, CorruptionError, ReadOnlyError, StoreGone
 from replaystore.index import EpisodeIndex
 from replaystore.writer import StreamWriter
+
+pytestmark = pytest.mark.usefixtures("_no_syncs")
 
 NEVER = 1e6
 
@@ -702,6 +706,87 @@ def test_episodes_of_two_threads_are_all_kept(tmp_path, monkeypatch):
         for number in range(20):
             actions = store.episode(number)["action"]
             assert actions.tolist() == list(range(actions[0], actions[0] + 60))
+
+
+# ---- commits that fail
+
+
+def failing_commits(monkeypatch):
+    """Have every commit fail; returns the list of those that were tried."""
+    tried = []
+
+    def write_head(*arguments):
+        tried.append(arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("replaystore.commit.write_head", write_head)
+    return tried
+
+
+def test_the_step_behind_a_failed_background_commit_says_so_and_can_be_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr("replaystore.writer.COMMIT_SECONDS", 0.01)
+    with ReplayStore.create(tmp_path / "store", counting_schema()) as store:
+        record(store, range(5))
+        store.flush()
+        begun = []
+
+        def append():
+            for i in range(5, 2000):
+                begun.append(i)
+                record(store, [i])
+                time.sleep(0.001)
+
+        with monkeypatch.context() as patched:
+            tried = failing_commits(patched)
+            with pytest.raises(CommitError, match="No space left on device") as caught:
+                append()
+            assert tried, "no commit was tried"
+            assert caught.value.errno == errno.ENOSPC
+            refused = begun[-1]
+            assert actions_of(store) == numbers_below(refused)
+        record(store, range(refused, refused + 50))
+        store.flush()
+        with ReplayStore.open(tmp_path / "store") as reader:
+            assert actions_of(reader) == numbers_below(refused + 50)
+
+
+def test_closing_can_be_repeated_when_there_is_room_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("replaystore.writer.COMMIT_SECONDS", NEVER)
+    store = ReplayStore.create(tmp_path / "store", counting_schema())
+    record(store, range(30))
+    with monkeypatch.context() as patched:
+        failing_commits(patched)
+        for _ in range(2):
+            with pytest.raises(CommitError, match="No space left on device"):
+                store.close()
+    assert actions_of(store) == numbers_below(30)
+    store.close()
+    with ReplayStore.open(tmp_path / "store") as reader:
+        assert actions_of(reader) == numbers_below(30)
+        assert reader.episodes["length"].to_pylist() == [19, 9]
+
+
+def test_an_interrupt_during_a_flush_stops_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("replaystore.writer.COMMIT_SECONDS", NEVER)
+    original, main = commit_module.write_head, threading.main_thread().ident
+
+    def write_head(*arguments):
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.05)
+        original(*arguments)
+
+    with ReplayStore.create(tmp_path / "store", counting_schema()) as store:
+        for start in (0, 25, 50):
+            record(store, range(start, start + 25))
+            with monkeypatch.context() as patched:
+                patched.setattr(commit_module, "write_head", write_head)
+                with pytest.raises(KeyboardInterrupt):
+                    store.flush()
+            assert actions_of(store) == numbers_below(start + 25)
+            store.flush()
+            store.check()
+            with ReplayStore.open(tmp_path / "store") as reader:
+                assert actions_of(reader) == numbers_below(start + 25)
 
 
 # ---- whole episodes
