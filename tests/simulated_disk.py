@@ -183,9 +183,7 @@ class Choice:
         for offset, data in pending:
             if not self._spared():
                 continue
-            if data is None or self.kind == "all":
-                yield offset, data
-            elif self.random.random() < 0.5:
+            if data is None or self.kind == "all" or self.random.random() < 0.5:
                 yield offset, data
             else:  # torn: some sectors of it
                 for start in range(0, len(data), 512):

@@ -80,41 +80,50 @@ def _serve(connection: Connection, log: str, limit: Any) -> None:
 
 def prepare(peer: str, recording: str, transitions: int, folder: str) -> dict[str, float]:
     """Make a peer of the first transitions of a recording, and warm it."""
-    from bench_peers import PEERS
+    from bench_stores import PEERS
 
     data = load(Path(recording)).head(transitions)
     made = HELD["peer"] = PEERS[peer](data, Path(folder))
     made.warm()
     _compare_with_recorded(made, data)
-    threads = _choose_torch_threads() if made.uses_torch else 0
-    return {"bytes": made.nbytes() / len(made.rows), "torch_threads": threads}
+    return {"bytes": made.nbytes() / len(made.rows)}
 
 
-def _choose_torch_threads() -> int:
+def rate(batch: int, seconds: float) -> dict[str, float]:
+    """Transitions a second, after a few batches that do not count: by the clock and by CPU time.
+
+    CPU time is that of all threads of this process, and hardly changes when others use the machine.
+    """
+    if getattr(HELD["peer"], "uses_torch", False):
+        _set_torch_threads(batch)
+    return _rate(batch, seconds)
+
+
+def _set_torch_threads(batch: int) -> None:
     """Torch's threads wait for each other; where cores are few or busy, one can be faster."""
     import torch
 
-    rates = {}
-    for threads in (torch.get_num_threads(), 1):
-        torch.set_num_threads(threads)
-        rates[threads] = rate(256, 0.5)
-    best = max(rates, key=lambda threads: rates[threads])
-    torch.set_num_threads(best)
-    return best
+    best = HELD.setdefault("torch threads", {})
+    if batch not in best:
+        rates = {}
+        for threads in (HELD.setdefault("all threads", torch.get_num_threads()), 1):
+            torch.set_num_threads(threads)
+            rates[threads] = _rate(batch, 0.5)["wall"]
+        best[batch] = max(rates, key=lambda threads: rates[threads])
+    torch.set_num_threads(best[batch])
 
 
-def rate(batch: int, seconds: float) -> float:
-    """Transitions a second, after a few batches that do not count."""
+def _rate(batch: int, seconds: float) -> dict[str, float]:
     peer, done = HELD["peer"], 0
     for _ in range(2):
         peer.sample(batch)
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     while True:
         peer.sample(batch)
         done += batch
         elapsed = time.perf_counter() - start
         if elapsed >= seconds:
-            return done / elapsed
+            return {"wall": done / elapsed, "cpu": done / (time.process_time() - start_cpu)}
 
 
 def _compare_with_recorded(peer: Any, data: Recording) -> None:
@@ -155,9 +164,11 @@ def _same(peer: Any, data: Recording, first: np.ndarray, items: Any, i: int, row
 # ---- a replaystore alone
 
 
-def imports() -> None:
-    """Import the library, and with it numpy and Arrow."""
+def imports(path: str | None = None) -> None:
+    """Import the library; opening a small store loads what is imported late, such as pyarrow's pandas."""
     importlib.import_module("replaystore")
+    if path is not None:
+        first_batch(path)
 
 
 def first_batch(path: str) -> float:
