@@ -129,7 +129,7 @@ def _check_part(data: Any, state: FileState, path: Path) -> None:
 class OpenEpisode:
     """An episode that is being recorded."""
 
-    __slots__ = ("columns", "first_row", "policy", "reward", "seed", "start_time")
+    __slots__ = ("columns", "first_row", "policy", "record", "reward", "seed", "start_time")
 
     def __init__(
         self, first_row: int, seed: int | None, start_time: int, policy: str | None, columns: tuple[Any, ...]
@@ -140,6 +140,7 @@ class OpenEpisode:
         self.policy = policy
         self.columns = columns
         self.reward = 0.0
+        self.record: Episode | None = None  # once it has ended
 
 
 def check_seeds(seed: Any, num_envs: int) -> list[int | None]:

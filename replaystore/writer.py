@@ -193,13 +193,7 @@ class StreamWriter:
         """
         for env, (row, total) in before.items():
             episode = self._open[env]
-            if episode is None:
-                continue
-            ended = [e for e in self._closed[-len(before) :] if e[:2] == (env, episode.first_row)]
-            if ended:
-                self._open[env] = None
-                self._log.extend(e[:3] for e in ended if e[:3] not in self._log)
-            else:
+            if episode is not None and episode.record is None:
                 self._rows[env], episode.reward = row, total
                 self._end(env, False, False)
 
@@ -294,19 +288,33 @@ class StreamWriter:
         self._wake.set()
 
     def _cut(self, env: int) -> None:
+        self._settle(env)
         if self._open[env] is not None:
             self._end(env, False, False)
 
     def _end(self, env: int, terminated: bool, truncated: bool) -> None:
-        episode = self._describe(env, terminated, truncated)
         last = (self._rows[env] - 1) & self._ring.mask
         for name in self._action_names:
             self._ring.arrays[name][last, env] = 0
+        self._opened(env).record = self._describe(env, terminated, truncated)  # now it has ended
+        self._settle(env)
+
+    def _settle(self, env: int) -> None:
+        """Enter an episode that has ended, once, however often an interrupt comes between."""
+        episode = self._open[env]
+        if episode is None or episode.record is None:
+            return
+        record = episode.record
+        if record.length and not any(record is entered for entered in self._closed[-self._num_envs :]):
+            self._closed.append(record)
+        if record.length and record[:3] not in self._log[-self._num_envs :]:
+            self._log.append(record[:3])
         self._changes += 1
-        if episode.length:
-            self._closed.append(episode)
-            self._log.append(episode[:3])
         self._open[env] = None
+
+    def _settle_all(self) -> None:
+        for env in range(self._num_envs):
+            self._settle(env)
 
     def _describe(self, env: int, terminated: bool = False, truncated: bool = False) -> Episode:
         episode = self._opened(env)
@@ -356,6 +364,7 @@ class StreamWriter:
 
     def take_ended(self) -> Ended:
         """Episodes that ended since the last call."""
+        self._settle_all()
         log, self._log = self._log, []
         return Ended(*np.array(log, np.int64).reshape(-1, 3).T)
 
@@ -476,7 +485,8 @@ class StreamWriter:
         try:
             committer = self._committer or self._recover()
             with self.lock:
-                changes, pending = self._changes, self._pending()
+                pending = self._pending()
+                changes = self._changes
             if changes != self._committed_changes:
                 self._adopt(committer.commit(pending, self._ring), changes)
             self._adopt(committer.tidy(final=final), changes)
@@ -503,6 +513,7 @@ class StreamWriter:
         return committer
 
     def _pending(self) -> Pending:
+        self._settle_all()
         return Pending(np.array(self._rows, np.int64), list(self._closed), self._open_now())
 
     def _open_now(self) -> list[Episode]:
