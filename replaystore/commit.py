@@ -132,8 +132,7 @@ class StreamCommitter:
         encoded = {}
         for env in np.flatnonzero(old != new).tolist():
             for first in range(int(old[env]) // size * size, int(new[env]), size):
-                rows = np.zeros((size, *field.shape), field.dtype)
-                ring.copy_to(rows, name, env, first, min(first + size, int(new[env])))
+                rows = ring.chunk(field, env, first, int(new[env]))
                 encoded[first // size * self._num_envs + env] = codec.encode(rows)
         return writer.write(encoded)
 

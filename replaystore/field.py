@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -90,14 +91,23 @@ class Field:
         if kind is np.ndarray:
             if value.dtype == self.dtype and value.shape == lead + self.shape:
                 return value
-        elif not lead and not self.shape:
-            if kind is self.dtype.type or kind is _NATIVE.get(self.dtype):
-                return value
-            if kind is int and self.dtype.kind in "iu":
-                limits = np.iinfo(self.dtype)
-                if limits.min <= value <= limits.max:
-                    return value
+        elif not lead and (kind in self.number_types or (kind is int and value in self._int_range)):
+            return value
         return self._convert(value, lead + self.shape, is_number=not self.shape)
+
+    @cached_property
+    def number_types(self) -> frozenset[type]:
+        """Types of single numbers that are stored as they are."""
+        own = (self.dtype.type, _NATIVE.get(self.dtype, self.dtype.type))
+        return frozenset() if self.shape else frozenset(own)
+
+    @cached_property
+    def _int_range(self) -> range:
+        """The ints that are stored as they are."""
+        if self.shape or self.dtype.kind not in "iu":
+            return range(0)
+        limits = np.iinfo(self.dtype)
+        return range(int(limits.min), int(limits.max) + 1)
 
     def _convert(self, value: Any, shape: tuple[int, ...], *, is_number: bool) -> np.ndarray:
         expected = f"field {self.name!r}: expected {self.dtype} of shape {shape}"

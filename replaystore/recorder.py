@@ -4,26 +4,27 @@ They return exactly what the environment returns. What a failed commit kept from
 stays with the wrapper and is appended at its next call.
 """
 
-import contextlib
 import copy
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from replaystore.codec import crc32c
 from replaystore.errors import CommitError, SchemaError, UsageError
 from replaystore.field import Field
 from replaystore.schema import Schema
 from replaystore.spaces import (
     FrameStack,
+    Path,
     find_frame_stack,
     given_stack,
     leaf_at,
     map_leaves,
+    path_of,
     schema_from_spaces,
     spec_of,
     vector_spec,
@@ -34,85 +35,107 @@ from replaystore.store import ReplayStore
 __all__ = ["RecordReplay", "RecordVectorReplay", "schema_from_spaces"]
 
 
+class _Call(NamedTuple):
+    """A call to the store."""
+
+    method: Callable[..., None]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def copied(self) -> "_Call":
+        """The same call with values of its own, which the environment cannot change."""
+        return _Call(self.method, *copy.deepcopy((self.args, self.kwargs)))
+
+
 class _Recorder:
     """What both wrappers share: the store, the calls that wait, the check of frame stacks."""
 
-    def __init__(self, store: ReplayStore, stack: FrameStack | None, *, frame_axis: int) -> None:
+    def __init__(self, store: ReplayStore, stack: FrameStack | None, num_envs: int | None) -> None:
         self.store = store
         self.stack = stack
         self.annotations: dict[str, Any] = {}
-        self._frame_axis = frame_axis
-        before = (slice(None),) * frame_axis
-        self._newest = (*before, -1)
-        self._all_but_newest, self._all_but_oldest = (*before, slice(-1)), (*before, slice(1, None))
-        self._waiting: deque[Callable[[], None]] = deque()
-        self._has_gap = False
-        self.observation_names = store.schema.names("observation")
+        self.has_gap = False
+        self._is_vector = num_envs is not None
+        self._newest = (slice(None), -1) if self._is_vector else -1
+        self._waiting: tuple[_Call, ...] = ()
+        self.observation_paths = {name: path_of(name) for name in store.schema.names("observation")}
+        self._stacked_paths = {} if stack is None else self.observation_paths
+        self._awaited: dict[str, list[int | None]] = {  # checksums of what the next stacks begin with
+            name: [None] * (num_envs or 1) for name in self._stacked_paths
+        }
         self._info_names = [f.name for f in store.schema.fields if f.name.startswith("info/")]
 
-    def call(self, *calls: Callable[[], None]) -> None:
-        """Make calls to the store in order; what a failed commit stops is made at the next call."""
-        self._waiting.extend(calls)
-        while self._waiting:
-            call = self._waiting.popleft()
-            try:
-                call()
-            except CommitError:
-                self._waiting.appendleft(call)
-                raise
+    def append(self, *calls: _Call, has_gap: bool = False) -> None:
+        """Make calls to the store in order; those that a failed commit stops wait for the next.
 
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """While a step or reset is recorded: if that fails, nothing is until the next reset."""
-        try:
-            yield
-        except CommitError:
-            raise
-        except BaseException:  # refused, or interrupted who knows where
-            self._waiting.clear()
-            self._has_gap = True
-            raise
+        `has_gap` is how the episode stands after them. An interrupt, or a step that is refused,
+        leaves a gap, across which nothing is recorded before the next reset.
+        """
+        self.has_gap = True
+        calls, self._waiting = self._waiting + calls, ()
+        for number, call in enumerate(calls):
+            try:
+                call.method(*call.args, **call.kwargs)
+            except CommitError:
+                self._waiting = tuple(rest.copied() for rest in calls[number:])
+                self.has_gap = has_gap
+                raise
+        self.has_gap = has_gap
 
     def before_step(self) -> None:
-        """Append what waits; raise if a refused step has left a gap in the episode."""
-        self.call()
-        if self._has_gap:
-            raise UsageError("a step of this episode was refused, so it cannot go on: reset first")
+        """Append what waits; raise if a step that is not stored has left a gap in the episode."""
+        if self.has_gap:
+            raise UsageError(
+                "the last step was refused or interrupted, so the episode cannot go on: reset first"
+            )
+        if self._waiting:
+            self.append()
+        self.has_gap = True  # unless this step is appended
 
-    def before_reset(self, *, whole: bool = True) -> None:
-        self.call()
-        self._has_gap = self._has_gap and not whole
+    def before_reset(self) -> bool:
+        """Append what waits; return whether there is a gap that only a reset of all closes."""
+        had_gap = self.has_gap
+        self.append(has_gap=had_gap)
+        self.has_gap = True
+        return had_gap
 
     def newest(self, observation: Any) -> Any:
-        """A copy of the newest frame of a stacked observation, or of the observation."""
+        """The newest frame of a stacked observation, or the observation."""
         if self.stack is None:
-            return map_leaves(observation, np.array)
-        return map_leaves(observation, lambda leaf: np.array(leaf[self._newest]))
+            return observation
+        if type(observation) is np.ndarray:
+            return observation[self._newest]
+        return map_leaves(observation, lambda leaf: leaf[self._newest])
 
-    def check_stack(self, observation: Any, before: Any) -> None:
+    def check_stack(self, observation: Any, envs: Sequence[int] = (0,)) -> None:
         """Raise unless a step's observation is the last one moved on by a frame."""
-        if self.stack is None:
-            return
-        for name in self.observation_names:
-            now, last = leaf_at(observation, name), leaf_at(before, name)
-            if not _same(now[self._all_but_newest], last[self._all_but_oldest]):
-                raise SchemaError(
-                    f"observation: expected the last stack of {self.stack.length} frames moved on by one;"
-                    " a wrapper changes the frames: pass frame_stack=1 to store whole stacks"
-                )
+        for name, path in self._stacked_paths.items():
+            stacks, awaited = self._stacks(observation, path), self._awaited[name]
+            for env in envs:
+                stack = stacks[env]
+                if awaited[env] not in (None, crc32c(stack[:-1])):
+                    raise SchemaError(
+                        f"field {name!r}: expected the last stack of {len(stack)} frames moved on by one;"
+                        " a wrapper changes the frames: pass frame_stack=1 to store whole stacks"
+                    )
+                awaited[env] = crc32c(stack[1:])
 
-    def check_padding(self, observation: Any) -> None:
+    def check_padding(self, observation: Any, envs: Sequence[int] = (0,)) -> None:
         """Raise unless an episode's first stack is padded as the store will pad it."""
-        if self.stack is None:
-            return
-        for name in self.observation_names:
-            leaf = leaf_at(observation, name)
-            padding = self.store.schema.by_name[name].padding_row()
-            frames = np.moveaxis(leaf, self._frame_axis, 0)
-            expected = np.broadcast_to(frames[-1] if padding is None else padding, frames[:-1].shape)
-            if not _same(frames[:-1], expected):
-                kind = "its newest frame" if padding is None else "the padding"
-                raise SchemaError(f"field {name!r}: expected an episode's first stack filled with {kind}")
+        for name, path in self._stacked_paths.items():
+            stacks = self._stacks(observation, path)
+            padding = self.store.schema.by_name[name].padding
+            for env in envs:
+                *older, newest = [frame.tobytes() for frame in stacks[env]]
+                if any(frame != (newest if padding is None else padding) for frame in older):
+                    kind = "its newest frame" if padding is None else "the padding"
+                    raise SchemaError(f"field {name!r}: expected an episode's first stack filled with {kind}")
+                self._awaited[name][env] = crc32c(stacks[env][1:])
+
+    def _stacks(self, observation: Any, path: Path) -> Sequence[np.ndarray]:
+        """A field's stacks, (stack, …), by environment."""
+        leaf = np.ascontiguousarray(leaf_at(observation, path))
+        return list(leaf) if self._is_vector else [leaf]
 
     def extra(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """The user's own fields of a step: from `info`, and from `annotate`."""
@@ -127,13 +150,6 @@ class _Recorder:
                 raise SchemaError(f"field {name!r}: the environment's info has no such value")
             target[last] = source[last]
         return values | self.annotations
-
-
-def _same(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two arrays of one shape hold the same values, NaN being one."""
-    if first.dtype.kind == "f":
-        return np.array_equal(first, second, equal_nan=True)
-    return bool((first == second).all())
 
 
 def _copied(action: Any) -> Any:
@@ -189,10 +205,9 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
             frame_stack=stack,
         )
         store = _open_or_create(path, schema, num_envs=1, spec=spec_of(env), stack=stack)
-        self._recorder = _Recorder(store, stack, frame_axis=0)
+        self._recorder = _Recorder(store, stack, None)
         self.policy = policy
         self.columns: dict[str, Any] = {}
-        self._before: Any = None
 
     @property
     def store(self) -> ReplayStore:
@@ -208,11 +223,9 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
         recorder = self._recorder
         recorder.before_reset()
         observation, info = self.env.reset(seed=seed, options=options)
-        with recorder.recording():
-            recorder.check_padding(observation)
-            newest, policy, columns = recorder.newest(observation), self.policy, dict(self.columns)
-            self._remember(observation)
-            recorder.call(lambda: recorder.store.reset(newest, seed, policy=policy, columns=columns))
+        recorder.check_padding(observation)
+        described = {"policy": self.policy, "columns": self.columns}
+        recorder.append(_Call(self.store.reset, (recorder.newest(observation), seed), described))
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
@@ -221,21 +234,15 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
         taken = _copied(action)
         result = self.env.step(action)
         observation, reward, terminated, truncated, info = result
-        with recorder.recording():
-            recorder.check_stack(observation, self._before)
-            values = (taken, recorder.newest(observation), reward, terminated, truncated)
-            extra = recorder.extra(info)
-            self._remember(observation)
-            recorder.call(lambda: recorder.store.step(*values, **extra))
+        recorder.check_stack(observation)
+        values = (taken, recorder.newest(observation), reward, terminated, truncated)
+        recorder.append(_Call(self.store.step, values, recorder.extra(info)))
         return result
-
-    def _remember(self, observation: Any) -> None:
-        self._before = map_leaves(observation, np.array) if self._recorder.stack else None
 
     def close(self) -> None:
         """Commit and close the store, and close the environment."""
         try:
-            self._recorder.call()
+            self._recorder.append()
             self.store.close()
         finally:
             super().close()
@@ -271,11 +278,10 @@ class RecordVectorReplay(gym.vector.VectorWrapper[Any, Any, Any, Any, Any]):
             frame_stack=stack,
         )
         store = _open_or_create(path, schema, num_envs=env.num_envs, spec=vector_spec(env), stack=stack)
-        self._recorder = _Recorder(store, stack, frame_axis=1)
+        self._recorder = _Recorder(store, stack, env.num_envs)
         self.policy = policy
         self.columns: dict[str, Any] = {}
         self._ended = np.zeros(env.num_envs, bool)
-        self._before: Any = None
 
     @property
     def store(self) -> ReplayStore:
@@ -289,12 +295,11 @@ class RecordVectorReplay(gym.vector.VectorWrapper[Any, Any, Any, Any, Any]):
         mask = np.ones(self.num_envs, bool)
         if options is not None and "reset_mask" in options:
             mask = np.array(options["reset_mask"], bool)
-        self._recorder.before_reset(whole=bool(mask.all()))
+        had_gap = self._recorder.before_reset()
         result = self.env.reset(seed=seed, options=options)
         self._ended = self._ended & ~mask
-        self._remember(result[0])
-        with self._recorder.recording():
-            self._recorder.call(self._begin(result[0], mask, seed))
+        begin = self._begin(result[0], mask, seed)
+        self._recorder.append(begin, has_gap=had_gap and not mask.all())
         return result
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -309,47 +314,41 @@ class RecordVectorReplay(gym.vector.VectorWrapper[Any, Any, Any, Any, Any]):
             begun, mask = ended, np.ones(self.num_envs, bool)
         else:
             begun, mask = np.zeros(self.num_envs, bool), np.ones(self.num_envs, bool)
-        with self._recorder.recording():
-            calls = [self._append(taken, result, mask)] if mask.any() else []
-            if begun.any():
-                calls.append(self._begin(observations, begun, None))
-            self._ended = ended
-            self._remember(observations)
-            self._recorder.call(*calls)
+        calls = [self._append(taken, result, mask)] if mask.any() else []
+        if begun.any():
+            calls.append(self._begin(observations, begun, None))
+        self._ended = ended
+        self._recorder.append(*calls)
         return result
 
-    def _append(self, actions: Any, result: Any, mask: np.ndarray) -> Callable[[], None]:
+    def _append(self, actions: Any, result: Any, mask: np.ndarray) -> _Call:
         observations, rewards, terminated, truncated, infos = result
         recorder = self._recorder
         if self._mode is AutoresetMode.SAME_STEP and (terminated | truncated).any():
             observations, infos = _with_final(
-                observations, infos, terminated | truncated, recorder.observation_names
+                observations, infos, terminated | truncated, recorder.observation_paths.values()
             )
-        if recorder.stack is not None:
-            recorder.check_stack(_select(observations, mask), _select(self._before, mask))
+        recorder.check_stack(observations, np.flatnonzero(mask).tolist())
         values = (actions, recorder.newest(observations), rewards, terminated, truncated)
         own, extra = map_leaves((values, recorder.extra(infos)), self._lead)
-        return lambda: recorder.store.step(*own, mask=mask, **extra)
+        return _Call(self.store.step, own, {"mask": mask, **extra})
 
-    def _begin(self, observations: Any, mask: np.ndarray, seed: Any) -> Callable[[], None]:
+    def _begin(self, observations: Any, mask: np.ndarray, seed: Any) -> _Call:
         recorder = self._recorder
-        recorder.check_padding(_select(observations, mask))
+        recorder.check_padding(observations, np.flatnonzero(mask).tolist())
         newest = map_leaves(recorder.newest(observations), self._lead)
-        policy, columns = self.policy, dict(self.columns)
-        return lambda: recorder.store.reset(newest, seed, mask=mask, policy=policy, columns=columns)
+        described = {"mask": mask, "policy": self.policy, "columns": self.columns}
+        return _Call(self.store.reset, (newest, seed), described)
 
     def _lead(self, values: Any) -> np.ndarray:
-        """A copy of the environments' values; a store of one environment has no axis for it."""
-        array = np.array(values)
+        """The environments' values; a store of one environment has no axis for it."""
+        array = np.asarray(values)
         return array if self.num_envs > 1 else array[0]
-
-    def _remember(self, observations: Any) -> None:
-        self._before = map_leaves(observations, np.array) if self._recorder.stack else None
 
     def close(self, **kwargs: Any) -> None:
         """Commit and close the store, and close the environments."""
         try:
-            self._recorder.call()
+            self._recorder.append()
             self.store.close()
         finally:
             super().close(**kwargs)
@@ -365,20 +364,16 @@ def _autoreset_mode(envs: gym.vector.VectorEnv[Any, Any, Any]) -> AutoresetMode:
         ) from error
 
 
-def _select(value: Any, mask: np.ndarray) -> Any:
-    return map_leaves(value, lambda leaf: np.asarray(leaf)[mask])
-
-
 def _with_final(
-    observations: Any, infos: Mapping[str, Any], ended: np.ndarray, names: Iterable[str]
+    observations: Any, infos: Mapping[str, Any], ended: np.ndarray, paths: Iterable[Path]
 ) -> tuple[Any, dict[str, Any]]:
     """Put the final observations, and the infos of the last steps, in the place of the reset ones."""
     if "final_obs" not in infos:
         raise UsageError('SAME_STEP autoreset: expected infos["final_obs"] at an episode\'s end')
     observations = copy.deepcopy(observations)
-    for name in names:
+    for path in paths:
         for env in np.flatnonzero(ended):
-            leaf_at(observations, name)[env] = leaf_at(infos["final_obs"][env], name)
+            leaf_at(observations, path)[env] = leaf_at(infos["final_obs"][env], path)
     return observations, _merged(infos, infos.get("final_info", {}), ended)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from replaystore.field import Field
 from replaystore.schema import Schema
 
 RING_BYTES = 1 << 25
@@ -41,6 +42,19 @@ class Ring:
         """Copy rows `start` to `stop` of one environment to the beginning of `out`."""
         for row, count, slot in self.pieces(start, stop):
             out[row - start : row - start + count] = self.arrays[name][slot : slot + count, env]
+
+    def chunk(self, field: Field, env: int, start: int, stop: int) -> np.ndarray:
+        """The chunk of one environment that begins at row `start`, with zeros from row `stop` on.
+
+        A whole chunk of a stream of one environment is not copied.
+        """
+        slot = start & self.mask
+        assert slot + field.chunk_rows <= self.capacity, (start, field.chunk_rows, self.capacity)
+        rows = self.arrays[field.name][slot : slot + field.chunk_rows, env]
+        if stop < start + field.chunk_rows:
+            rows = rows.copy()
+            rows[stop - start :] = 0
+        return np.ascontiguousarray(rows)
 
     def pieces(self, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
         """Split rows into (row, count, slot), each without a turn of the ring."""

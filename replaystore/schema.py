@@ -50,6 +50,7 @@ class Schema:
         self.shard_chunks = SHARD_CHUNKS if shard_chunks is None else shard_chunks
         self.by_name = {field.name: field for field in self.fields}
         self._trees = _build_trees(self.fields)
+        self._is_nested = any(isinstance(tree, dict) for tree in self._trees.values())
         self._check()
 
     @property
@@ -69,13 +70,15 @@ class Schema:
     def is_observation(self, name: str) -> bool:
         return name.split("/", 1)[0] == "observation"
 
-    def flatten(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def flatten(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """Turn one value for each top name into one for each field."""
         if values.keys() != self._trees.keys():
             missing = [name for name in self._trees if name not in values]
             unknown = [name for name in values if name not in self._trees]
             have = ", ".join(self._trees)
             raise SchemaError(f"expected the fields {have}; missing {missing}, unknown {unknown}")
+        if not self._is_nested:
+            return values
         flat: dict[str, Any] = {}
         for top, value in values.items():
             tree = self._trees[top]

@@ -16,6 +16,7 @@ from replaystore.field import Field
 from replaystore.schema import Schema
 
 Space = gym.Space[Any]
+Path = tuple[int | str, ...]
 
 
 class FrameStack(NamedTuple):
@@ -80,13 +81,19 @@ def _paddings(stacked: list[Field], stack: FrameStack) -> list[bytes | None]:
         return [bytes(field.row_nbytes // stack.length) for field in stacked]
     if isinstance(stack.padding, str):
         raise UsageError(f'padding: expected "reset", "zero" or a frame, got {stack.padding!r}')
-    return [np.asarray(leaf_at(stack.padding, field.name), field.dtype).tobytes() for field in stacked]
+    return [
+        np.asarray(leaf_at(stack.padding, path_of(field.name)), field.dtype).tobytes() for field in stacked
+    ]
 
 
-def leaf_at(value: Any, name: str) -> Any:
-    """The part of a nested value that a field `top/part/…` holds."""
-    for part in name.split("/")[1:]:
-        value = value[int(part)] if isinstance(value, tuple) else value[part]
+def path_of(name: str) -> Path:
+    """Where in a nested value the field `top/part/…` is found: its keys and numbers."""
+    return tuple(int(part) if part.isdigit() else part for part in name.split("/")[1:])
+
+
+def leaf_at(value: Any, path: Path) -> Any:
+    for part in path:
+        value = value[part]
     return value
 
 
@@ -97,6 +104,8 @@ def _unstacked(field: Field, length: int, padding: bytes | None) -> Field:
 
 
 def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
+    if type(value) is np.ndarray:
+        return function(value)
     if isinstance(value, Mapping):
         return {key: map_leaves(child, function) for key, child in value.items()}
     if isinstance(value, tuple):

@@ -89,6 +89,7 @@ class StreamWriter:
         self._setters = [
             (
                 field.name,
+                field.number_types,
                 field.accept,
                 arrays[field.name][:, 0],
                 0 if schema.is_observation(field.name) else 1,
@@ -139,13 +140,16 @@ class StreamWriter:
         if episode is None:
             raise UsageError("step before reset: begin an episode first")
         flat = self._schema.flatten(values)
-        accepted = [accept(flat[name]) for name, accept, _, _ in self._setters]
+        accepted = [
+            value if type(value := flat[name]) in kept else accept(value)
+            for name, kept, accept, _, _ in self._setters
+        ]
         row = self._rows[0]
         if row >= self._limit[0]:
             self._wait_for_room(0)
         mask, total = self._ring.mask, episode.reward
         try:
-            for (_, _, column, back), value in zip(self._setters, accepted, strict=True):
+            for (_, _, _, column, back), value in zip(self._setters, accepted, strict=True):
                 column[(row - back) & mask] = value
             self._rows[0] = row + 1
             self._changes += 1

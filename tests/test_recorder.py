@@ -367,6 +367,29 @@ def test_no_transition_spans_a_step_that_was_refused(recorder):
     assert set(found) <= set(frozen(happened))
 
 
+@pytest.mark.parametrize("method", ["step", "reset"])
+def test_no_transition_spans_an_interrupt_in_the_environment(method, recorder, monkeypatch):
+    bare = MadeUp(FRAME, lengths=(50,))
+    env = recorder(bare)
+    env.reset(seed=0)
+    env.step(0)
+    inner = getattr(bare, method)
+
+    def interrupted(*args, **kwargs):
+        inner(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bare, method, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(env, method)(**({"action": 0} if method == "step" else {}))
+    with pytest.raises(UsageError, match="reset first"):
+        env.step(0)
+    env.reset()
+    env.step(0)
+    assert len(env.store) == 2
+
+
 def test_closing_again_does_nothing_and_a_step_after_it_is_refused(recorder):
     env = recorder(MadeUp(FRAME))
     roll_out(env, 2)
