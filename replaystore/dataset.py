@@ -1,12 +1,15 @@
 """torch: a map-style dataset over a store, and its DataLoader.
 
 What crosses to a worker process is a path and the heads of the commit; each worker maps the files
-for itself and decodes straight into the shared memory that it hands over.
+for itself and decodes straight into the shared memory that it hands over (`handover.py`).
 """
 
 import math
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +17,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from replaystore.errors import UsageError
+from replaystore.handover import Inbox, Outbox, Parcel, map_leaves
 from replaystore.store import CACHE_BYTES, ReplayStore
 from replaystore.windows import Batch, Transition
+
+READ_AT_ONCE = 256  # transitions of the batches that are read together
 
 Tensors = dict[str, Any]
 
@@ -39,6 +45,7 @@ class ReplayDataset(Dataset[Tensors]):
         self._path = os.path.abspath(path)
         self._cache_bytes = cache_bytes
         self._store: ReplayStore | None = None
+        self._outbox: Outbox | None = None  # of a worker
         self._refreshed = -1
         self.refresh()
 
@@ -71,7 +78,7 @@ class ReplayDataset(Dataset[Tensors]):
         if not 0 <= index < self._length:
             raise IndexError(f"expected a number below {self._length}, got {number}")
         batch = self.batch(np.array([index]))
-        item: Tensors = _map_arrays(batch, lambda tensor: tensor[0])
+        item: Tensors = map_leaves(batch, lambda tensor: tensor[0])
         return item
 
     def __getitems__(self, numbers: "Sequence[int] | np.ndarray | _Numbers") -> "Items":
@@ -81,13 +88,17 @@ class ReplayDataset(Dataset[Tensors]):
                     "the dataset was refreshed, but persistent workers hold the old commit: make a new loader"
                 )
             numbers = numbers.numbers
-        return Items(self.batch(np.asarray(numbers)))
+        numbers = np.asarray(numbers)
+        if get_worker_info() is None:
+            return Items(_named(self.store.read(numbers, self.window)))
+        self._outbox = self._outbox or Outbox()
+        parcel = self._outbox.begin()
+        arrays = _named(self.store.read(numbers, self.window, allocate=parcel.allocate))
+        return Items(arrays, parcel.filled(arrays))
 
     def batch(self, numbers: np.ndarray) -> Tensors:
         """Read transitions by number, as one dict of tensors with the batch first."""
-        memory = _Memory(shared=get_worker_info() is not None)
-        batch = self.store.read(numbers, self.window, allocate=memory.allocate)
-        return {name: _map_arrays(value, memory.tensor) for name, value in _items(batch)}
+        return Items(_named(self.store.read(numbers, self.window))).batch
 
     def loader(
         self,
@@ -99,50 +110,62 @@ class ReplayDataset(Dataset[Tensors]):
         num_workers: int = 0,
         pin_memory: bool = False,
         persistent_workers: bool = False,
+        read_ahead: bool = False,
         **kwargs: Any,
     ) -> "DataLoader[Tensors]":
-        """A `DataLoader` whose every batch is read at once and not collated again.
+        """A `DataLoader` whose batches are read at once and not collated again.
 
         One pass is an epoch: each transition once, in a new order every time if `shuffle`, which
-        `seed` makes reproducible. Other arguments go to `DataLoader`.
+        `seed` makes reproducible. `read_ahead` reads on a thread of this process, while the last
+        batches are used. Other arguments go to `DataLoader`.
         """
         batches = _Batches(self, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
-        return DataLoader(
+        return _Loader(
             self,
-            batch_sampler=batches,
+            batches,
+            read_ahead=read_ahead,
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=persistent_workers,
-            collate_fn=_collated,
+            collate_fn=_Collated(),
             **kwargs,
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_store": None}
+        return self.__dict__ | {"_store": None, "_outbox": None}
 
 
 class Items(Sequence[Tensors]):
-    """A batch that is one dict of tensors, and also the list of items that torch asks for."""
+    """A batch that is one dict of tensors, and also the list of items that torch asks for.
 
-    def __init__(self, batch: Tensors) -> None:
-        self.batch = batch
+    In a worker, `parcel` is the batch on its way to the process that asked for it.
+    """
+
+    def __init__(self, arrays: dict[str, Any], parcel: Parcel | None = None) -> None:
+        self._arrays = arrays
+        self.parcel = parcel
+
+    @cached_property
+    def batch(self) -> Tensors:
+        batch: Tensors = map_leaves(self._arrays, torch.from_numpy)
+        return batch
 
     def __len__(self) -> int:
-        return len(self.batch["ids"])
+        return len(self._arrays["ids"])
 
     def __getitem__(self, number: Any) -> Any:
-        return _map_arrays(self.batch, lambda tensor: tensor[number])
+        return map_leaves(self.batch, lambda tensor: tensor[number])
 
 
 class _Numbers(NamedTuple):
-    """The transitions of a batch, and the commit of the dataset that they count in."""
+    """Transitions to read at once, and the commit of the dataset that they count in."""
 
     numbers: np.ndarray
     refreshed: int
 
 
 class _Batches(Sampler[Any]):
-    """The numbers of each batch of an epoch."""
+    """The numbers of an epoch's batches, small batches several at a time."""
 
     def __init__(
         self, dataset: ReplayDataset, batch_size: int, *, shuffle: bool, seed: int | None, drop_last: bool
@@ -151,66 +174,75 @@ class _Batches(Sampler[Any]):
             raise UsageError(f"batch_size: expected an int from 1, got {batch_size!r}")
         if not len(dataset):
             raise UsageError("loader: expected at least one transition, the store has none")
+        self.size = batch_size
         self._dataset = dataset
-        self._batch_size = batch_size
         self._rng = np.random.default_rng(seed) if shuffle else None
         self._drop_last = drop_last
 
-    def __len__(self) -> int:
-        batches = len(self._dataset) / self._batch_size
+    @property
+    def count(self) -> int:
+        """Batches of an epoch."""
+        batches = len(self._dataset) / self.size
         return math.floor(batches) if self._drop_last else math.ceil(batches)
 
     def __iter__(self) -> Iterator[_Numbers]:
         length = len(self._dataset)
         order = np.arange(length) if self._rng is None else self._rng.permutation(length)
-        for batch in range(len(self)):
-            numbers = order[batch * self._batch_size : (batch + 1) * self._batch_size]
-            yield _Numbers(numbers, self._dataset.refreshed)
+        order = order[: self.count * self.size]
+        step = max(1, READ_AT_ONCE // self.size) * self.size
+        for start in range(0, len(order), step):
+            yield _Numbers(order[start : start + step], self._dataset.refreshed)
 
 
-class _Memory:
-    """Arrays to read into, and the tensors over the same memory; in a worker it is shared."""
+class _Loader(DataLoader[Tensors]):
+    """Gives one by one the batches that were read, and came from a worker, several at a time."""
 
-    def __init__(self, *, shared: bool) -> None:
-        self._shared = shared
-        self._made: list[tuple[int, torch.Tensor]] = []
+    def __init__(self, dataset: ReplayDataset, batches: _Batches, *, read_ahead: bool, **kwargs: Any) -> None:
+        super().__init__(dataset, batch_sampler=batches, **kwargs)
+        self._batches = batches
+        self._read_ahead = read_ahead
 
-    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        if not self._shared:
-            return np.empty(shape, dtype)
-        nbytes = max(1, math.prod(shape) * dtype.itemsize)
-        storage = torch.UntypedStorage._new_shared(nbytes)  # type: ignore[no-untyped-call]
-        flat = torch.empty(0, dtype=torch.uint8).set_(storage)
-        self._made.append((flat.data_ptr(), flat))
-        return flat.numpy()[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+    def __len__(self) -> int:
+        return self._batches.count
 
-    def tensor(self, array: np.ndarray) -> torch.Tensor:
-        """The array as a tensor; a view of shared memory stays one."""
-        view = torch.from_numpy(array)
-        for address, flat in self._made:
-            offset = array.ctypes.data - address
-            if 0 <= offset < len(flat):
-                typed = flat[: len(flat) // array.itemsize * array.itemsize].view(view.dtype)
-                return typed.as_strided(array.shape, view.stride(), offset // array.itemsize)
-        return view
+    def __iter__(self) -> Any:
+        groups = super().__iter__()
+        return self._each(_ahead(groups) if self._read_ahead else groups)
+
+    def _each(self, groups: Iterator[Tensors]) -> Iterator[Tensors]:
+        size = self._batches.size
+        for group in groups:
+            parts = map_leaves(group, lambda tensor: list(tensor.split(size)))
+            for part in range(len(parts["ids"])):
+                yield map_leaves(parts, itemgetter(part))
 
 
-def _items(batch: Batch) -> Iterator[tuple[str, Any]]:
-    for name in batch.__dataclass_fields__:
-        if name != "extra":
-            yield name, getattr(batch, name)
-    yield from batch.extra.items()
+def _ahead(groups: Iterator[Tensors]) -> Iterator[Tensors]:
+    """Get the next one on a thread while the last one is used."""
+    with ThreadPoolExecutor(1, "replaystore-read-ahead") as thread:
+        coming = thread.submit(next, groups, None)
+        while (group := coming.result()) is not None:
+            coming = thread.submit(next, groups, None)
+            yield group
 
 
-def _map_arrays(value: Any, function: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _map_arrays(child, function) for name, child in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_map_arrays(child, function) for child in value)
-    return function(value)
+class _Collated:
+    """The batch of an `Items`, which needs no collating; from a worker it comes as a parcel."""
+
+    def __init__(self) -> None:
+        self._inbox = Inbox()
+        self._number = self._inbox.number
+
+    def __call__(self, items: Any) -> Any:
+        if items.parcel is None:
+            return items.batch
+        items.parcel.inbox = self._number
+        return items.parcel
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_number": self._number}  # a worker needs no more
 
 
-def _collated(items: Any) -> Tensors:
-    """The batch of an `Items`, which needs no collating."""
-    batch: Tensors = items.batch
-    return batch
+def _named(batch: Batch) -> dict[str, Any]:
+    named = {name: getattr(batch, name) for name in batch.__dataclass_fields__ if name != "extra"}
+    return named | batch.extra

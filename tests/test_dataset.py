@@ -1,6 +1,7 @@
 """`ReplayDataset` and its loader against `store.read`."""
 
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from replaystore import Field, ReplayStore, Schema, Transition, UsageError
 from replaystore.dataset import ReplayDataset
+from replaystore.errors import CorruptionError
 from replaystore.recorder import schema_from_spaces
 
 LENGTHS = (3, 40, 1, 17)
@@ -131,7 +133,6 @@ def test_epoch_visits_each_transition_once_and_batches_are_what_the_store_reads(
         for batch in batches:
             numbers = [number_of[each] for each in batch["ids"].tolist()]
             assert_same(batch, expected_batch(path, numbers, window))
-        assert all(t.is_shared() == (workers > 0) for batch in batches for t in tensors(batch))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -142,6 +143,27 @@ def test_order_is_that_of_the_seed_and_new_in_each_epoch(workers, tmp_path):
     assert epochs == [ids(second), ids(second)]
     assert epochs[0] != epochs[1]
     assert epochs[0] != ids(other)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_ahead_gives_the_same_batches(workers, tmp_path):
+    dataset = ReplayDataset(write_episodes(tmp_path / "store", lengths=(600,)))
+    loaders = [dataset.loader(9, seed=1, num_workers=workers, read_ahead=ahead) for ahead in (False, True)]
+    for first, second in zip(*loaders, strict=True):
+        assert_same(first, second)
+    for batch in loaders[1]:
+        assert len(batch["ids"]) == 9
+        break  # and the thread ends with the loop
+    assert [each for each in threading.enumerate() if "read-ahead" in each.name] == []
+
+
+def test_error_while_reading_ahead_reaches_the_caller(tmp_path):
+    path = write_episodes(tmp_path / "store", *SPACES["image"])
+    loader = ReplayDataset(path).loader(COUNT, read_ahead=True)
+    shard = next((path / "streams").glob("*/observation/c/0/0/0/0"))
+    shard.write_bytes(b"\0" * shard.stat().st_size)
+    with pytest.raises(CorruptionError, match=str(shard)):
+        list(loader)
 
 
 def test_order_without_shuffling_is_that_of_the_store(tmp_path):
@@ -221,10 +243,9 @@ def test_persistent_workers_of_a_dataset_that_was_refreshed_ask_for_a_new_loader
     assert len(all_ids(loader)) == COUNT
     write_episodes(path)
     dataset.refresh()
-    batches = iter(loader)
     with pytest.raises(UsageError, match="make a new loader"):
-        next(batches)
-    batches._shutdown_workers()  # left to the garbage collector, torch waits 5 s for its worker
+        list(loader)
+    loader._iterator._shutdown_workers()  # left to the garbage collector, torch waits 5 s for its worker
     assert len(all_ids(dataset.loader(COUNT, num_workers=1, persistent_workers=True))) == 2 * COUNT
 
 
@@ -253,13 +274,13 @@ def test_loader_of_an_empty_store_is_refused(tmp_path):
 
 def test_error_in_a_worker_reaches_the_caller_with_its_message(tmp_path):
     path = write_episodes(tmp_path / "store", *SPACES["image"])
-    loader = ReplayDataset(path).loader(COUNT, num_workers=1)
+    loader = ReplayDataset(path).loader(COUNT, num_workers=1, persistent_workers=True)
     shard = next((path / "streams").glob("*/observation/c/0/0/0/0"))
     shard.write_bytes(b"\0" * shard.stat().st_size)
     batches = iter(loader)
     with pytest.raises(RuntimeError, match=str(shard)):
         next(batches)
-    batches._shutdown_workers()  # left to the garbage collector, torch waits 5 s for its worker
+    loader._iterator._shutdown_workers()  # left to the garbage collector, torch waits 5 s for its worker
 
 
 def test_dataset_of_what_is_no_store_is_refused(tmp_path):

@@ -30,6 +30,7 @@ LAYER = {
     "catalog": 7,
     "repair": 8,
     "store": 8,
+    "handover": 1,
     "dataset": 9,
     "spaces": 9,
     "recorder": 10,
