@@ -15,7 +15,7 @@ import numpy as np
 from replaystore.codec import ChunkCodec, DamagedChunk, Frames
 from replaystore.errors import CorruptionError
 from replaystore.field import Field
-from replaystore.files import MEMORY_START, chunk_path, memory
+from replaystore.files import MEMORY_START, chunk_path, memory, prefetch
 from replaystore.head import HEAD, Head, decode_head, read_head
 from replaystore.packed import Shard, open_shard
 from replaystore.schema import Schema
@@ -77,6 +77,7 @@ class PackedColumn:
         self._valid = np.zeros(slots, np.int64)  # how many of its rows
         self._slots = np.zeros(1, np.int32)  # by chunk: 1 + its slot, or 0; the last one is nothing's
         self._hand = 0
+        self.from_disk = False  # whether to ask for chunks before the first of them is read
         self._spaces: Mapping[int, StreamSpace] = {}
         self._forget_shards(0)
 
@@ -120,8 +121,12 @@ class PackedColumn:
         runs = _runs(chunks)
         ends = np.maximum.reduceat(within, runs.first) + 1
         slots = self._slots.take(runs.chunk).astype(np.int64) - 1
+        lacking = (slots < 0) | (self._valid[slots] < ends)
+        if not lacking.any():
+            self._arena.take(slots.take(runs.run) * size + within, axis=0, out=out, mode="clip")
+            return
         ahead = (slots - self._hand) % len(self._holds)  # decoded over before long, if small
-        missing = np.flatnonzero((slots < 0) | (self._valid[slots] < ends) | (ahead < len(slots)))
+        missing = np.flatnonzero(lacking | (ahead < len(slots)))
         slots[missing] = (self._hand + np.arange(len(missing))) % len(self._holds)
         needed = np.full(len(missing), size) if self._is_cache else ends[missing]
         frames = self._find(runs.chunk[missing])
@@ -167,11 +172,16 @@ class PackedColumn:
         shard, number = np.divmod(chunks - self._bases[place], self._shard_chunks[place])
         shard += self._first_shard[place]
         self._open_shards(np.unique(shard[self._start[shard] == 0]), np.unique(shard))
-        entries = (self._index[shard] + 16 * number)[:, None] + np.arange(16)
+        places = self._index[shard] + 16 * number
+        if self.from_disk:
+            prefetch(places, np.full(len(places), 16))
+        entries = places[:, None] + np.arange(16)
         offset, nbytes = memory().take(entries - MEMORY_START).view("<i8").T
         outside = (offset < 0) | (nbytes < 0) | (offset + nbytes > self._nbytes[shard])
         if outside.any():
             raise self._damaged(int(chunks[np.argmax(outside)]), CorruptionError("the chunk is missing"))
+        if self.from_disk:
+            prefetch(self._start[shard] + offset, nbytes)
         try:
             return self._codec.check(self._start[shard] + offset, nbytes)
         except DamagedChunk as error:

@@ -244,5 +244,6 @@ class _Collated:
 
 
 def _named(batch: Batch) -> dict[str, Any]:
-    named = {name: getattr(batch, name) for name in batch.__dataclass_fields__ if name != "extra"}
-    return named | batch.extra
+    named = batch._asdict()
+    named |= named.pop("extra")
+    return named

@@ -13,6 +13,7 @@ import functools
 import itertools
 import mmap
 import os
+import resource
 import stat
 import weakref
 from collections.abc import Iterator
@@ -359,10 +360,17 @@ def map_whole(path: Path) -> np.ndarray:
     return np.asarray(range_)[:nbytes]
 
 
-def prefetch(address: int, nbytes: int) -> None:
-    """Ask the kernel to read mapped bytes from disk soon."""
-    start = address & ~(PAGE - 1)
-    _libc.madvise(start, address + nbytes - start, mmap.MADV_WILLNEED)
+def prefetch(addresses: np.ndarray, nbytes: np.ndarray) -> None:
+    """Ask the kernel to read stretches of mapped files from disk soon, in one go."""
+    first = addresses & ~(PAGE - 1)
+    lengths = addresses + nbytes - first
+    for address, length in zip(first.tolist(), lengths.tolist(), strict=True):
+        _libc.madvise(address, length, mmap.MADV_WILLNEED)
+
+
+def major_faults() -> int:
+    """How often this thread has waited for a mapped page to be read from disk."""
+    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_majflt
 
 
 def _map(address: int | None, nbytes: int, protection: int, flags: int, descriptor: int) -> int:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+FEW = 100  # numbers that are found faster one by one
+
 
 class Places(NamedTuple):
     """Where transitions are; int64 arrays of one shape. The episode takes rows first to last."""
@@ -28,6 +30,8 @@ class EpisodeIndex:
         self._ends = np.empty(64, np.int64)  # transitions up to and with each episode
         self._closed = 0
         self._count = 0
+        self._buckets = np.empty(0, np.int64)
+        self._bucket_bits = self._bucketed = 0  # log2 of a bucket's transitions; those in all of them
 
     def __len__(self) -> int:
         """The number of transitions."""
@@ -64,9 +68,34 @@ class EpisodeIndex:
 
     def locate(self, numbers: np.ndarray) -> Places:
         """Find transitions by number; all must be from 0 to `len(self) - 1`."""
-        episode = self._ends[: self._count].searchsorted(numbers, side="right")
-        stream, env, first, last, shift = self._table.take(episode, axis=1)
+        stream, env, first, last, shift = self._table.take(self._find(numbers), axis=1)
         return Places(stream, env, numbers + shift, first, last)
+
+    def _find(self, numbers: np.ndarray) -> np.ndarray:
+        """The episodes that transitions belong to.
+
+        For many numbers a binary search is slow, as the processor cannot foresee its branches.
+        The bucket of a number gives an episode at or before its own, mostly at most two before.
+        """
+        ends = self._ends[: self._count]
+        if len(numbers) < FEW or not self._closed:
+            return ends.searchsorted(numbers, side="right")
+        self._fill_buckets()
+        episode = self._buckets.take(numbers >> self._bucket_bits, mode="clip")
+        for _ in range(2):
+            episode += ends.take(episode) <= numbers
+        late = np.flatnonzero(ends.take(episode) <= numbers)
+        episode[late] = ends.searchsorted(numbers[late], side="right")
+        return episode
+
+    def _fill_buckets(self) -> None:
+        """Note the episode of every 2^k-th transition, once an eighth more of them is there."""
+        ends = self._ends[: self._closed]
+        if ends[-1] * 8 > self._bucketed * 9:
+            self._bucket_bits = max(0, int(ends[-1] // len(ends) // 4).bit_length() - 1)
+            starts = np.arange(0, ends[-1], 1 << self._bucket_bits)
+            self._buckets = ends.searchsorted(starts, side="right")
+            self._bucketed = int(ends[-1])
 
     def episode(self, number: int) -> Places:
         """The place of an episode's first transition, arrays of shape (1,)."""

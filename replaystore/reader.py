@@ -15,7 +15,7 @@ import numpy as np
 from replaystore.arena import PackedColumn, StreamSpace, stream_path
 from replaystore.errors import CorruptionError
 from replaystore.field import Field
-from replaystore.files import FileState, chunk_path, size_of
+from replaystore.files import PAGE, FileState, chunk_path, major_faults, prefetch, size_of
 from replaystore.flat import FlatColumn, file_checksum
 from replaystore.head import Head
 from replaystore.index import Places
@@ -42,6 +42,43 @@ class Tail(NamedTuple):
     arrays: Mapping[str, np.ndarray]
 
 
+class _Rows(NamedTuple):
+    """Rows to read: `number` in the common numbering, and what that was made of.
+
+    `time` and `number` are (batch, …), `env`, `base` and `width` broadcast to that. `held` marks
+    those that the writer holds, and is None if there are none.
+    """
+
+    number: np.ndarray
+    time: np.ndarray
+    env: np.ndarray | int
+    base: np.ndarray | int
+    width: np.ndarray | int
+    held: np.ndarray | None
+
+
+class Foresight:
+    """Whether it pays to ask for pages ahead: it does while they come from disk, not from memory."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self._reads = self._faults = self._items = 0
+
+    def note(self, faults: int, items: int) -> None:
+        """After a read: how often it had to wait for the disk, for how many items.
+
+        Asking ahead begins with a read that waited for one item in 16, and goes on as long as some
+        waiting is left: one for 64 items in 16 reads.
+        """
+        if not self.is_on:
+            self.is_on = faults * 16 > items
+            return
+        self._reads, self._faults, self._items = self._reads + 1, self._faults + faults, self._items + items
+        if self._reads == 16:
+            self.is_on = self._faults * 64 > self._items
+            self._reads = self._faults = self._items = 0
+
+
 class Reader:
     """Reads rows of any streams, as of the newest commit it was given of each."""
 
@@ -52,6 +89,8 @@ class Reader:
         self._base = np.zeros(0, np.int64)
         self._width = np.zeros(0, np.int64)
         self._flat: dict[str, FlatColumn] = {}
+        self._foresight = Foresight()
+        self._is_plain = False  # one stream of one environment: the number of a row is its time
         packed = [field for field in schema.fields if field.packed]
         share = cache_bytes // max(1, len(packed))
         self._packed = {field.name: PackedColumn(root, schema, field, share) for field in packed}
@@ -73,6 +112,8 @@ class Reader:
 
     def ids(self, places: Places) -> np.ndarray:
         """Names for transitions that never change: stream * 2^40 + time * num_envs + env."""
+        if self._is_plain:
+            return places.time + (next(iter(self._spaces)) << 40)
         ids: np.ndarray = (places.stream << 40) + places.time * self._width[places.stream] + places.env
         return ids
 
@@ -85,44 +126,61 @@ class Reader:
         allocate: Allocate = np.empty,
     ) -> dict[str, np.ndarray]:
         """Gather fields at times: `times[field]` (batch, …) gives (batch, …, *shape)."""
-        base, width = self._base[places.stream], self._width[places.stream]
+        rows_at = {id(time): self._locate(places, time, tail) for time in times.values()}
+        faults = major_faults()
+        if self._foresight.is_on:
+            self._prefetch_flat({name: rows_at[id(time)] for name, time in times.items()})
         arrays = {}
         for name, time in times.items():
-            wide = (...,) + (None,) * (time.ndim - 1)
-            env, stream = places.env[wide], places.stream[wide]
-            held = None
-            if tail is not None:
-                held = (stream == tail.stream) & (time >= tail.floor[env * (stream == tail.stream)])
-                held = held if held.any() else None
-            out = allocate(time.shape + self._schema.by_name[name].shape, self._schema.by_name[name].dtype)
-            if time.size and (held is None or not held.all()):
-                self._gather(name, time, base[wide], width[wide], env, held, out)
-            if held is not None and tail is not None:
+            rows, field = rows_at[id(time)], self._schema.by_name[name]
+            if not field.packed and rows.held is None and allocate is np.empty:
+                arrays[name] = self._flat[name].rows.take(rows.number, axis=0, mode="clip")
+                continue
+            out = allocate(time.shape + field.shape, field.dtype)
+            if rows.held is None or not rows.held.all():
+                self._gather(field, rows, out.reshape(-1, *field.shape))
+            if rows.held is not None and tail is not None:
                 ring = tail.arrays[name]
-                column = np.broadcast_to(env, time.shape)[held]
-                out[held] = ring[time[held] % len(ring), column]
+                column = np.broadcast_to(rows.env, time.shape)[rows.held]
+                out[rows.held] = ring[time[rows.held] % len(ring), column]
             arrays[name] = out
+        self._foresight.note(major_faults() - faults, len(places.time))
+        for column in self._packed.values():
+            column.from_disk = self._foresight.is_on
         return arrays
 
-    def _gather(
-        self,
-        name: str,
-        time: np.ndarray,
-        base: np.ndarray,
-        width: np.ndarray,
-        env: np.ndarray,
-        held: np.ndarray | None,
-        out: np.ndarray,
-    ) -> None:
-        field = self._schema.by_name[name]
-        flat_out = out.reshape(-1, *field.shape)
+    def _prefetch_flat(self, rows: Mapping[str, "_Rows"]) -> None:
+        """Ask for the pages of all flat fields before the first of them is read."""
+        pages = []
+        for name, column in self._flat.items():
+            if name in rows and rows[name].held is None:
+                start, size = column.rows.ctypes.data, column.rows[:1].nbytes
+                pages += [(start + rows[name].number.ravel() * size + end) // PAGE for end in (0, size - 1)]
+        if pages:
+            addresses = np.unique(np.concatenate(pages)) * PAGE
+            prefetch(addresses, np.full(len(addresses), PAGE))
+
+    def _locate(self, places: Places, time: np.ndarray, tail: Tail | None) -> "_Rows":
+        if self._is_plain and tail is None:
+            return _Rows(time, time, 0, 0, 1, None)
+        wide = (...,) + (None,) * (time.ndim - 1)
+        stream, env = places.stream[wide], places.env[wide]
+        base, width = self._base[stream], self._width[stream]
+        held = None
+        if tail is not None:
+            held = (stream == tail.stream) & (time >= tail.floor[env * (stream == tail.stream)])
+            held = held if held.any() else None
+        return _Rows(base + time * width + env, time, env, base, width, held)
+
+    def _gather(self, field: Field, rows: "_Rows", out: np.ndarray) -> None:
+        if not len(out):
+            return
         if field.packed:
-            column = self._packed[name]
-            chunk = base // field.chunk_rows + time // field.chunk_rows * width + env
-            column.take(_elsewhere(chunk, held), time.ravel() % field.chunk_rows, flat_out)
+            size = field.chunk_rows
+            chunk = rows.base // size + rows.time // size * rows.width + rows.env
+            self._packed[field.name].take(_elsewhere(chunk, rows.held), rows.time.ravel() % size, out)
         else:
-            rows = _elsewhere(base + time * width + env, held)
-            self._flat[name].rows.take(rows, axis=0, out=flat_out, mode="clip")
+            self._flat[field.name].rows.take(_elsewhere(rows.number, rows.held), axis=0, out=out, mode="clip")
 
     def _needed_rows(self, head: Head) -> int:
         """Row numbers that a head's files take, in whole flat files."""
@@ -143,6 +201,7 @@ class Reader:
         for stream, space in spaces.items():
             self._map_flat(flat, stream, space, already=None)
         self._spaces, self._flat = spaces, flat
+        self._is_plain = len(heads) == 1 and all(head.num_envs == 1 for head in heads.values())
         self._base = np.zeros(max(heads) + 1, np.int64)
         self._width = np.ones(max(heads) + 1, np.int64)
         for stream, space in spaces.items():

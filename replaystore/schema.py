@@ -50,6 +50,7 @@ class Schema:
         self.shard_chunks = SHARD_CHUNKS if shard_chunks is None else shard_chunks
         self.by_name = {field.name: field for field in self.fields}
         self._trees = _build_trees(self.fields)
+        self._names = {top: tuple(_leaves(tree)) for top, tree in self._trees.items()}
         self._is_nested = any(isinstance(tree, dict) for tree in self._trees.values())
         self._check()
 
@@ -65,7 +66,7 @@ class Schema:
 
     def names(self, top: str) -> tuple[str, ...]:
         """Names of the fields at or below a top name, in order."""
-        return tuple(_leaves(self._trees[top]))
+        return self._names[top]
 
     def is_observation(self, name: str) -> bool:
         return name.split("/", 1)[0] == "observation"

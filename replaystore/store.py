@@ -292,14 +292,15 @@ class ReplayStore:
         """Draw n transitions uniformly, with replacement."""
         if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1:
             raise UsageError(f"sample: expected a batch size from 1, got {n!r}")
-        if not isinstance(rng, np.random.Generator | None):
+        if rng is not None and not isinstance(rng, np.random.Generator):
             raise UsageError(f"rng: expected a numpy.random.Generator, got {rng!r}")
         with self._lock:
             self._catch_up()
-            if not len(self._catalog.index):
+            length = len(self._catalog.index)
+            if not length:
                 raise UsageError(f"sample: expected at least one transition, {self.path} has none")
             rng = self._rng if rng is None else rng
-            return self._read(rng.integers(len(self._catalog.index), size=n), _window(window))
+            return self._read(rng.integers(length, size=n), _window(window))
 
     def read(
         self, numbers: np.ndarray, window: Transition | None = None, *, allocate: Allocate = np.empty
@@ -490,6 +491,9 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+_PLAIN = Transition()
+
+
 def _read_root(path: Path) -> bytes:
     try:
         return read_bytes(path / "zarr.json", MAX_METADATA_BYTES)
@@ -498,9 +502,11 @@ def _read_root(path: Path) -> bytes:
 
 
 def _window(window: Transition | None) -> Transition:
-    if not isinstance(window, Transition | None):
+    if window is None:
+        return _PLAIN
+    if not isinstance(window, Transition):
         raise UsageError(f"window: expected a Transition, got {window!r}")
-    return Transition() if window is None else window
+    return window
 
 
 def _make_root(path: Path, data: bytes) -> None:

@@ -7,6 +7,7 @@ with n_step > 1 the two stacks share few frames, so each is read for itself.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,7 @@ from replaystore.index import Places
 from replaystore.schema import Nested, Schema
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Transitions as numpy arrays, each with the batch first.
 
     `reward` is the n-step return and `discount` what the value of `next_observation` is worth:
@@ -39,9 +39,10 @@ class Batch:
 class RowTimes(NamedTuple):
     """The rows to read for a batch, as times within each item's column; int64.
 
-    `observation` is (batch, frames); `reward` (batch,) or (batch, n_step); `end`, the row of the
-    last step, and `start` are (batch,). `steps` counts the steps until `end`, (batch,). `before`
-    marks the frames that would stand before the episode's first row, or is None if none can.
+    Fields that are read at the same rows share one array. `observation` is (batch, frames); `reward` (batch,) or (batch, n_step); `end`, the row of the
+    last step, and `start` are (batch,). `steps` counts the steps until `end`, (batch,), unless that
+    is always one. `before` marks the frames that would stand before the episode's first row, or is
+    None if none can.
     """
 
     observation: np.ndarray
@@ -49,7 +50,7 @@ class RowTimes(NamedTuple):
     reward: np.ndarray
     start: np.ndarray
     end: np.ndarray
-    steps: np.ndarray
+    steps: np.ndarray | None
 
     def of(self, name: str) -> np.ndarray:
         """The times at which to read a field."""
@@ -85,15 +86,19 @@ class Transition:
         ):
             raise UsageError(f"gamma: expected a number from 0 to 1, got {self.gamma!r}")
 
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        """Of the frames that a transition's two observations take, from its time."""
+        return np.arange(1 - self.frame_stack, 2)
+
     def rows(self, places: Places) -> RowTimes:
         """Which rows the items at these places need."""
         start = places.time
-        stack = self.frame_stack
         if self.n_step == 1:
-            frames = start[:, None] + np.arange(1 - stack, 2)
-            return RowTimes(*self._clamp(frames, places), start, start, start, np.ones_like(start))
+            frames = start[:, None] + self._offsets
+            return RowTimes(*self._clamp(frames, places), start, start, start, None)
         steps = np.minimum(places.last - start, self.n_step)
-        frames = np.arange(1 - stack, 1)
+        frames = self._offsets[:-1]
         both = np.concatenate([start[:, None] + frames, (start + steps)[:, None] + frames], axis=1)
         reward = np.minimum(start[:, None] + np.arange(self.n_step), places.last[:, None] - 1)
         return RowTimes(*self._clamp(both, places), reward, start, start + steps - 1, steps)
@@ -131,7 +136,7 @@ class Transition:
         self, rows: RowTimes, reward: np.ndarray, terminated: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         dtype = reward.dtype if reward.dtype.kind == "f" else np.dtype(np.float64)
-        if self.n_step == 1:
+        if rows.steps is None:
             return reward, np.array([self.gamma, 0.0], dtype).take(terminated)
         step = np.arange(self.n_step)
         within = (step < rows.steps[:, None]).reshape(*rows.reward.shape, *[1] * (reward.ndim - 2))

@@ -51,7 +51,7 @@ def expected_batch(path, numbers, window=None):
     """What the store reads, as the dict that the dataset promises."""
     with ReplayStore.open(path) as store:
         batch = store.read(np.asarray(numbers), window)
-    named = {name: getattr(batch, name) for name in batch.__dataclass_fields__ if name != "extra"}
+    named = {name: value for name, value in batch._asdict().items() if name != "extra"}
     return named | batch.extra
 
 

@@ -95,3 +95,19 @@ def test_rows_beyond_32_bits_are_found():
     found = index.locate(np.array([0, 2**33 - 1, 2**33]))
     assert found.time.tolist() == [2**31, 2**31 + 2**33 - 1, 2**39]
     index.check()
+
+
+@pytest.mark.parametrize("longest", [1, 3, 1000])
+def test_many_numbers_lead_where_few_do_while_the_index_grows(longest):
+    rng = np.random.default_rng(longest)
+    index, row = EpisodeIndex(), 0
+    for _ in range(30):
+        lengths = rng.choice([1, longest], int(rng.integers(1, 200)))
+        firsts = row + np.cumsum(lengths + 1) - lengths - 1
+        row = int(firsts[-1] + lengths[-1] + 1)
+        index.append(0, np.zeros(len(lengths), np.int64), firsts, lengths)
+        index.set_open([(0, *(np.array([number]) for number in (1, 0, 37)))])
+        numbers = rng.integers(len(index), size=500)
+        few = [index.locate(numbers[start : start + 50]) for start in range(0, 500, 50)]
+        for together, alone in zip(index.locate(numbers), zip(*few, strict=True), strict=True):
+            assert np.array_equal(together, np.concatenate(alone))

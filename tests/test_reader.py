@@ -1,0 +1,70 @@
+"""Asking for pages ahead: when it is done, and that what is read stays the same."""
+
+import numpy as np
+import pytest
+from recording import Recorder, schema
+
+import replaystore.arena
+import replaystore.reader
+from replaystore import ReplayStore, Transition
+from replaystore.reader import Foresight
+
+
+def test_asking_ahead_begins_when_reads_wait_for_the_disk_and_ends_when_none_does():
+    foresight = Foresight()
+    for faults, is_on in [(0, False), (1, False), (17, True)]:
+        foresight.note(faults, 256)
+        assert foresight.is_on == is_on
+    for _ in range(100):
+        foresight.note(5, 256)
+        assert foresight.is_on
+    for _ in range(32):
+        foresight.note(0, 256)
+    assert not foresight.is_on
+
+
+def test_what_is_read_is_what_was_asked_for_ahead(tmp_path, monkeypatch):
+    with ReplayStore.create(tmp_path / "store", schema()) as store:
+        Recorder(store).step(500)
+    asked = []
+    for module in (replaystore.reader, replaystore.arena):
+        monkeypatch.setattr(
+            module, "prefetch", lambda start, nbytes: asked.extend(zip(start, nbytes, strict=True))
+        )
+    numbers, window = np.random.default_rng(0).integers(500, size=64), Transition(frame_stack=2)
+    with ReplayStore.open(tmp_path / "store") as store:
+        plain = store.read(numbers, window)
+    assert asked == []
+    with ReplayStore.open(tmp_path / "store") as store:
+        store._reader._foresight.is_on = store._reader._packed["observation"].from_disk = True
+        ahead = store.read(numbers, window)
+        for name in ("observation", "action", "reward", "next_observation", "terminated", "ids"):
+            assert np.array_equal(getattr(plain, name), getattr(ahead, name))
+        for name in ("action", "reward", "terminated", "truncated"):
+            rows = store._reader._flat[name].rows
+            assert covered(rows.ctypes.data + plain.ids * rows.itemsize, asked)
+    chunks = set(np.concatenate([numbers // 2, numbers // 2 + 1]).tolist())  # of two rows each
+    assert len({start for start, nbytes in asked if nbytes == 16}) > len(chunks) // 2
+    assert len({start for start, nbytes in asked if 16 < nbytes < 4096}) > len(chunks) // 2
+
+
+def covered(addresses, asked):
+    return all(any(start <= each < start + nbytes for start, nbytes in asked) for each in addresses)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_pages_of_a_store_on_disk_may_be_asked_for(num_envs, tmp_path, monkeypatch):
+    with ReplayStore.create(tmp_path / "store", schema(), num_envs) as store:
+        shape = (num_envs,) if num_envs > 1 else ()
+        frame = np.ones((*shape, 6, 6), np.uint8)
+        store.reset(frame)
+        for number in range(20):
+            values = (np.full(shape, kind(number))[()] for kind in (np.int64, np.float64))
+            store.step(
+                next(values), frame, next(values), np.zeros(shape, bool)[()], np.zeros(shape, bool)[()]
+            )
+    monkeypatch.setattr(Foresight, "note", lambda *_: None)
+    with ReplayStore.open(tmp_path / "store") as store:
+        store._reader._foresight.is_on = store._reader._packed["observation"].from_disk = True
+        batch = store.read(np.arange(len(store)))
+        assert sorted(batch.action.tolist()) == sorted(list(range(20)) * num_envs)
