@@ -1,4 +1,4 @@
-"""The command line: `replaystore record | info | verify | repair`, each with `--help`."""
+"""The command line: `replaystore record | info | verify | repair | bench | tune`, each with `--help`."""
 
 import argparse
 import importlib.util
@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 from tqdm import tqdm
 
+from replaystore import bench
 from replaystore.episodes import integers
 from replaystore.errors import ReplayStoreError, UsageError
 from replaystore.recorder import RecordReplay, RecordVectorReplay
@@ -64,6 +65,18 @@ def _parser() -> argparse.ArgumentParser:
     mend.add_argument("path", type=Path)
     mend.add_argument("--yes", action="store_true", help="do not ask before changing anything")
     mend.set_defaults(run=_repair)
+    measure = commands.add_parser("bench", help="measure a store on this machine, as a table and a picture")
+    measure.add_argument("path", type=Path)
+    measure.add_argument("--seconds", type=float, default=2.0, help="that each timing takes (default: 2)")
+    measure.add_argument(
+        "--frame-stack", type=int, default=None, help="of the items (default: as the environment's)"
+    )
+    measure.add_argument("--png", type=Path, default=None, help="also draw the figures; needs matplotlib")
+    measure.set_defaults(run=_bench)
+    tune = commands.add_parser("tune", help="try codecs and chunk lengths on a store's own packed fields")
+    tune.add_argument("path", type=Path)
+    tune.add_argument("--rows", type=int, default=4096, help="to try them on (default: 4096)")
+    tune.set_defaults(run=_tune)
     return parser
 
 
@@ -188,3 +201,40 @@ def _repair(options: argparse.Namespace) -> int:
     for repaired in repair(options.path, findings):
         sys.stdout.write(f"{repaired}\n")
     return 1 if _findings(options.path) else 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if options.seconds <= 0:
+        raise UsageError(f"--seconds: expected more than 0, got {options.seconds}")
+    if options.png is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--png needs matplotlib: pip install matplotlib")
+    figures: list[bench.Figure] = []
+    rng = np.random.default_rng(0)
+    for figure in bench.measure(options.path, options.seconds, rng, frame_stack=options.frame_stack):
+        if not figures or figures[-1].section != figure.section:
+            sys.stdout.write(f"{figure.section}\n")
+        sys.stdout.write(f"  {figure.name:<42} {figure.value:>12,.1f}\n")
+        sys.stdout.flush()
+        figures.append(figure)
+    if options.png is not None:
+        bench.draw(figures, options.png, str(options.path))
+        sys.stdout.write(f"drawn to {options.png}\n")
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    if options.rows < 1:
+        raise UsageError(f"--rows: expected at least 1, got {options.rows}")
+    with ReplayStore.open(options.path) as store:
+        packed = [field for field in store.schema.fields if field.packed]
+        if not packed:
+            sys.stdout.write(f"{options.path}: no field is packed, there is nothing to tune\n")
+        for field in packed:
+            sys.stdout.write(f"{field.name}: rows of {field.row_nbytes:,} bytes; * is how it is stored\n")
+            sys.stdout.write(f"  {'codec':<24} {'rows a chunk':>12} {'bytes a row':>12}")
+            sys.stdout.write(f" {'µs to encode a row':>19} {'µs to read an item':>19}\n")
+            for trial in bench.try_codecs(store, field, np.random.default_rng(0), rows=options.rows):
+                mark = "*" if (trial.codec, trial.chunk_rows) == (field.codec, field.chunk_rows) else " "
+                sys.stdout.write(f"{mark} {trial.codec:<24} {trial.chunk_rows:>12} {trial.nbytes:>12.1f}")
+                sys.stdout.write(f" {trial.encode:>19.1f} {trial.read:>19.1f}\n")
+    return 0

@@ -12,6 +12,7 @@ import pytest
 
 from replaystore import Field, ReplayStore, Schema, Transition
 from replaystore.cli import main
+from replaystore.codec import ChunkCodec
 
 ROOT = Path(__file__).parent.parent
 RUN = "import sys; from replaystore.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -163,6 +164,44 @@ def test_record_into_a_directory_that_is_no_store_is_refused(tmp_path, capsys):
     assert record(tmp_path) == 1
     assert "notes.txt" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_bench_measures_a_store_leaves_it_as_it_was_and_draws(path, tmp_path, capsys):
+    record(path, "--atari", env="ALE/Breakout-v5", steps=60)
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    assert main(["bench", str(path), "--seconds", "0.05", "--png", str(tmp_path / "bench.png")]) == 0
+    told = capsys.readouterr().out
+    figures = dict(re.findall(r"^  (.+?)  +([\d,.]+)$", told, re.MULTILINE))
+    assert {"observation", "action", "warm, batch of 32", "step, commits on", "arena.py"} <= figures.keys()
+    assert all(float(value.replace(",", "")) > 0 for value in figures.values())
+    assert "stacks of 4" in told
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "bench.png", path]
+
+
+def test_tune_tries_codecs_and_marks_the_one_that_is_used(path, capsys):
+    record(path, "--atari", env="ALE/Breakout-v5", steps=200)
+    capsys.readouterr()
+    assert main(["tune", str(path), "--rows", "100"]) == 0
+    rows = re.findall(
+        r"^(.) (blosc-\S+) +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)$", capsys.readouterr().out, re.MULTILINE
+    )
+    assert [(codec, chunk) for mark, codec, chunk, *_ in rows if mark == "*"] == [("blosc-lz4hc-5", "16")]
+    sizes = {(codec, int(chunk)): float(nbytes) for _, codec, chunk, nbytes, *_ in rows}
+    assert sizes["blosc-lz4hc-5", 32] < sizes["blosc-lz4hc-5", 16] < sizes["blosc-lz4hc-5", 8]
+    with ReplayStore.open(path) as store:
+        frames = store.episode(0)["observation"][:96].reshape(6, 16, 84, 84)
+        codec = ChunkCodec(store.schema.by_name["observation"])
+        expected = sum(len(codec.encode(np.ascontiguousarray(chunk))) for chunk in frames) / 96
+    assert sizes["blosc-lz4hc-5", 16] == pytest.approx(expected, abs=0.06)
+
+
+def test_tune_of_a_store_without_packed_fields_says_so(path, capsys):
+    record(path)
+    assert main(["tune", str(path)]) == 0
+    assert "nothing to tune" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["record", "--help"], ["info", "--help"]], ids=" ".join)

@@ -34,6 +34,7 @@ LAYER = {
     "dataset": 9,
     "spaces": 9,
     "recorder": 10,
+    "bench": 10,
     "cli": 11,
     "__init__": 12,
 }
