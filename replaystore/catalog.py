@@ -54,8 +54,10 @@ class Catalog:
             try:
                 heads[stream] = read_head(path)
             except CorruptionError:
-                if stream in self.heads or has_head(path):
+                if stream in self.heads:
                     raise
+                if has_head(path):  # by now, or it is damaged
+                    heads[stream] = read_head(path)
         return heads
 
     def choose_heads(self) -> dict[int, bytes]:

@@ -118,7 +118,8 @@ class StreamCommitter:
             return writer.state, []
         cells = writer.cells(int(new.max()))
         floor = writer.state.floor
-        for env in np.flatnonzero(old != new).tolist():
+        for env in range(self._num_envs):
+            cells[old[env] - floor :, env] = 0  # what a writer that was killed may have left
             ring.copy_to(cells[old[env] - floor :, env], name, env, int(old[env]), int(new[env]))
         return writer.write(cells, int(new.min()))
 

@@ -220,6 +220,8 @@ class ReplayStore:
         """Move to the newest commit of every stream; transition numbers may change, ids do not."""
         self._check_open()
         with self._lock:
+            if self._is_behind:
+                self._rebuild()
             heads = self._catalog.read_heads()
             self._is_behind = True
             try:

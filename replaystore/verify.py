@@ -189,7 +189,9 @@ def _flat_file(
         problem = f"expected checksum {state.crc32c:08x} over {state.nbytes} bytes, found {checksum:08x}"
         yield Finding(file, problem, *spoiled)
     elif episodes is not None and flags is not None:
-        cells = np.frombuffer(flags, bool).reshape(-1, head.num_envs)
+        cells = np.frombuffer(flags, bool).reshape(-1, head.num_envs).copy()
+        for env, end in enumerate((rows - start).tolist()):
+            cells[max(0, end) :, env] = False  # no rows, whatever is there
         yield from _flags(file, stream, field.name, cells, start, episodes)
 
 

@@ -230,12 +230,21 @@ class StreamWriter:
             self._open[env] = OpenEpisode(self._rows[env], seed, int(self._clock() * 1e6), *described)
             try:
                 self._append_rows(env, arrays, length + 1)
+                self._end_added(env, arrays)
             except BaseException:
-                self._cut(env)
+                self._end_added(env, arrays)
                 raise
-            if self._scalar_reward:
-                self._opened(env).reward = float(arrays["reward"].astype(np.float64).sum())
-            self._end(env, bool(arrays["terminated"][-1]), bool(arrays["truncated"][-1]))
+
+    def _end_added(self, env: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """End an added episode as it says; cut short if an error or interrupt kept rows out."""
+        self._settle(env)
+        episode = self._open[env]
+        if episode is None:
+            return
+        is_whole = self._rows[env] - episode.first_row == len(arrays["reward"]) + 1
+        if is_whole and self._scalar_reward:
+            episode.reward = float(arrays["reward"].astype(np.float64).sum())
+        self._end(env, *(is_whole and bool(arrays[name][-1]) for name in ("terminated", "truncated")))
 
     def _append_rows(self, env: int, arrays: Mapping[str, np.ndarray], rows: int) -> None:
         """Append rows of one environment, in pieces that fit; zeros where an array is shorter."""
@@ -309,9 +318,9 @@ class StreamWriter:
         if episode is None or episode.record is None:
             return
         record = episode.record
-        if record.length and not any(record is entered for entered in self._closed[-self._num_envs :]):
+        if record.length > 0 and not any(record is entered for entered in self._closed[-self._num_envs :]):
             self._closed.append(record)
-        if record.length and record[:3] not in self._log[-self._num_envs :]:
+        if record.length > 0 and record[:3] not in self._log[-self._num_envs :]:
             self._log.append(record[:3])
         self._changes += 1
         self._open[env] = None
@@ -408,19 +417,18 @@ class StreamWriter:
     def close(self) -> None:
         """Cut open episodes short, commit, and give the stream back."""
         with self.lock:
-            if self._closing:
-                return
-            self._check_usable(raise_failure=False)
-            for env in range(self._num_envs):
-                self._cut(env)
-            self._closing = True
-            self._failure = None
-            try:
-                self._commit_now()
-            except CommitError:
-                self._closing = False
-                raise
-            self._stopped = True
+            if not self._stopped:
+                self._check_usable(raise_failure=False)
+                for env in range(self._num_envs):
+                    self._cut(env)
+                self._closing = True
+                self._failure = None
+                try:
+                    self._commit_now()
+                except BaseException:
+                    self._closing = False
+                    raise
+                self._stopped = True
             self._wake.set()
         self._thread.join()
         self.discard()
