@@ -118,15 +118,15 @@ class PackedColumn:
 
     def _take_piece(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
         size = self._field.chunk_rows
+        if self._is_cache and (held := self._slots.take(chunks)).all():  # in whole chunks
+            rows = (held.astype(np.int64) - 1) * size + within
+            self._arena.take(rows, axis=0, out=out, mode="clip")
+            return
         runs = _runs(chunks)
         ends = np.maximum.reduceat(within, runs.first) + 1
         slots = self._slots.take(runs.chunk).astype(np.int64) - 1
-        lacking = (slots < 0) | (self._valid[slots] < ends)
-        if not lacking.any():
-            self._arena.take(slots.take(runs.run) * size + within, axis=0, out=out, mode="clip")
-            return
         ahead = (slots - self._hand) % len(self._holds)  # decoded over before long, if small
-        missing = np.flatnonzero(lacking | (ahead < len(slots)))
+        missing = np.flatnonzero((slots < 0) | (self._valid[slots] < ends) | (ahead < len(slots)))
         slots[missing] = (self._hand + np.arange(len(missing))) % len(self._holds)
         needed = np.full(len(missing), size) if self._is_cache else ends[missing]
         frames = self._find(runs.chunk[missing])
