@@ -37,6 +37,15 @@ CURVE_SEED, FINAL_SEED = 1_000_000, 2_000_000  # two sets of episodes, the same 
 MakeEnv = Callable[[], gym.Env]
 
 
+class Source(NamedTuple):
+    """What training needs to know of a store."""
+
+    path: Path
+    make_env: MakeEnv  # the recorded environment again
+    frame_stack: int
+    behaviour: float  # mean return of the recorded episodes
+
+
 class Result(NamedTuple):
     """What one seed's training came to."""
 
@@ -61,9 +70,10 @@ def make_agent(make_env: MakeEnv, config: Config, seed: int) -> DQN:
     return DQN(observations.shape, int(actions.n), config=config, seed=seed)
 
 
-def train(args: argparse.Namespace, make_env: MakeEnv, seed: int) -> Result:
+def train(args: argparse.Namespace, source: Source, seed: int) -> Result:
     """Train one network, its learning rate falling to 0 so that it comes to rest."""
-    dataset = ReplayDataset(args.path, window=Transition(n_step=args.n_step, gamma=args.gamma))
+    window = Transition(n_step=args.n_step, gamma=args.gamma, frame_stack=source.frame_stack)
+    dataset, make_env = ReplayDataset(source.path, window), source.make_env
     loader = dataset.loader(batch_size=args.batch_size, num_workers=args.workers, shuffle=True, seed=seed)
     agent = make_agent(make_env, Config(conservatism=args.conservatism), seed)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(agent.optimizer, args.updates)
@@ -80,10 +90,11 @@ def train(args: argparse.Namespace, make_env: MakeEnv, seed: int) -> Result:
     return Result(updates, means, final)
 
 
-def behaviour_return(path: Path) -> float:
-    """Mean return of the recorded episodes."""
+def open_source(path: Path, env: str | None) -> Source:
     with ReplayStore.open(path) as store:
-        return float(store.episodes["return"].to_numpy().mean())
+        make_env = store.make_env if env is None else functools.partial(gym.make, env)
+        behaviour = float(store.episodes["return"].to_numpy().mean())
+        return Source(path, make_env, store.frame_stack, behaviour)
 
 
 def draw(results: list[Result], behaviour: float, title: str, path: Path) -> None:
@@ -106,7 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", type=Path, help="a store, as record_rollouts.py writes it")
-    parser.add_argument("--env", default="CartPole-v1", help="scores the policy (CartPole-v1)")
+    parser.add_argument("--env", default=None, help="scores the policy (default: the recorded one)")
     parser.add_argument("--seeds", type=int, default=1, help="networks to train (1)")
     parser.add_argument("--updates", type=int, default=6_000, help="of each network (6000)")
     parser.add_argument("--batch-size", type=int, default=256)
@@ -124,14 +135,13 @@ def main(argv: list[str] | None = None) -> list[Result]:
     """Train every seed; print and draw what came of it."""
     args = parse(argv)
     torch.set_num_threads(1)  # so small a network is slower on more
-    make_env = functools.partial(gym.make, args.env)
-    behaviour = behaviour_return(args.path)
-    print(f"behaviour: mean return {behaviour:.1f}")
-    results = [train(args, make_env, seed) for seed in range(args.seeds)]
+    source = open_source(args.path, args.env)
+    print(f"behaviour: mean return {source.behaviour:.1f}")
+    results = [train(args, source, seed) for seed in range(args.seeds)]
     for seed, result in enumerate(results):
         mean, least = result.final.mean(), result.final.min()
         print(f"seed {seed}: {args.episodes} episodes, mean return {mean:.1f}, least {least:.0f}")
-    draw(results, behaviour, f"{args.env} from {args.path.name}", args.picture)
+    draw(results, source.behaviour, f"{args.path.name}, offline", args.picture)
     print(f"{args.picture}: the learning curves")
     return results
 
