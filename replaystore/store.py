@@ -5,7 +5,6 @@ rows, and, when it was opened for writing, the writer of one stream.
 """
 
 import contextlib
-import errno
 import itertools
 import json
 import os
@@ -23,28 +22,13 @@ from replaystore.arena import stream_path
 from replaystore.catalog import Catalog
 from replaystore.commit import create_stream
 from replaystore.episodes import integers
-from replaystore.errors import (
-    ClosedError,
-    CorruptionError,
-    FormatError,
-    ReadOnlyError,
-    ReplayStoreError,
-    UsageError,
-)
-from replaystore.files import (
-    PARTIAL,
-    Lock,
-    disk_usage,
-    list_directory,
-    make_directory,
-    read_bytes,
-    write_atomic,
-    write_new,
-)
+from replaystore.errors import ClosedError, ReadOnlyError, ReplayStoreError, UsageError
+from replaystore.files import Lock, disk_usage, make_directory, write_atomic
 from replaystore.head import HEAD, Head, decode_head, empty_head, encode_head, has_head, read_head
 from replaystore.index import Places
-from replaystore.metadata import MAX_METADATA_BYTES, parse_root, render_group, render_root
+from replaystore.metadata import parse_root, render_root
 from replaystore.reader import Allocate, Reader, Tail
+from replaystore.root import make_root, read_root
 from replaystore.schema import MAX_NUM_ENVS, Schema
 from replaystore.windows import Batch, Transition
 from replaystore.writer import StreamWriter
@@ -62,7 +46,7 @@ class ReplayStore:
 
     def __init__(self, path: Path, *, heads: Mapping[int, bytes] | None, cache_bytes: int) -> None:
         self.path = path
-        self._root = _read_root(path)
+        self._root = read_root(path)
         attributes = parse_root(self._root, str(path / "zarr.json"))
         self.schema: Schema = attributes["schema"]
         self.env_spec: str | None = attributes["env_spec"]
@@ -104,7 +88,7 @@ class ReplayStore:
             raise UsageError(f"frame_stack: expected an int from 1, got {frame_stack!r}")
         path = Path(os.path.abspath(path))
         data = render_root(schema, env_spec=env_spec, frame_stack=frame_stack)
-        _make_root(path, data)
+        make_root(path, data)
         return cls.open(path, "a", num_envs=num_envs, cache_bytes=cache_bytes)
 
     @classmethod
@@ -496,45 +480,12 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 _PLAIN = Transition()
 
 
-def _read_root(path: Path) -> bytes:
-    try:
-        return read_bytes(path / "zarr.json", MAX_METADATA_BYTES)
-    except (CorruptionError, NotADirectoryError) as error:
-        raise FormatError(f"{path}: not a replaystore: {error}") from error
-
-
 def _window(window: Transition | None) -> Transition:
     if window is None:
         return _PLAIN
     if not isinstance(window, Transition):
         raise UsageError(f"window: expected a Transition, got {window!r}")
     return window
-
-
-def _make_root(path: Path, data: bytes) -> None:
-    """Write an empty store; its `zarr.json`, which makes it one, comes last."""
-    try:
-        make_directory(path, exist_ok=True)
-        _check_leftovers(path, {"streams"})
-        make_directory(path / "streams", exist_ok=True)
-        _check_leftovers(path / "streams", {"zarr.json"})
-        write_atomic(path / "streams" / "zarr.json", render_group())
-        write_new(path / "zarr.json", data)
-    except FileExistsError as error:
-        raise FormatError(f"{path}: a store or a file is already there") from error
-    except (NotADirectoryError, FileNotFoundError) as error:
-        raise FormatError(f"{path}: expected a path whose parent is a directory") from error
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        raise ReadOnlyError(f"{path}: the directory cannot be written: {error}") from error
-
-
-def _check_leftovers(path: Path, allowed: set[str]) -> None:
-    """Raise unless a directory is empty but for what a store's making, cut short, leaves there."""
-    others = [name for name in list_directory(path) if name not in allowed and not name.endswith(PARTIAL)]
-    if others:
-        raise FormatError(f"{path}: expected a new or empty directory, found {others[:5]}")
 
 
 def _check_num_envs(num_envs: Any) -> None:

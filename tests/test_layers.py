@@ -20,6 +20,7 @@ LAYER = {
     "packed": 3,
     "ring": 3,
     "episodes": 3,
+    "root": 4,
     "head": 4,
     "windows": 4,
     "commit": 5,
