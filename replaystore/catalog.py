@@ -39,6 +39,7 @@ class Catalog:
         self._schema = schema
         self._table = episode_schema(schema)
         self._parts: dict[int, list[pa.Table]] = {}
+        self._open_elsewhere: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
         self._indexed: dict[int, tuple[int, int]] = {}  # by stream: parts, and episodes since
 
     def read_heads(self) -> dict[int, bytes]:
@@ -133,6 +134,11 @@ class Catalog:
         self._loaded |= {stream: data[stream] for stream in heads}
         self._index_open()
 
+    def attach(self, writer: StreamWriter) -> None:
+        """From now on a stream shows what its writer here has, not what its head says is open."""
+        self.writer = writer
+        self._index_open()
+
     def catch_up(self) -> dict[int, Head]:
         """Index what the writer appended since the last call; returns its head if it changed.
 
@@ -145,8 +151,10 @@ class Catalog:
             changed = {writer.number: writer.head}
             self.heads |= changed
             self._open_parts(writer.number, writer.head)
-        self.index.append(writer.number, *writer.take_ended())
-        self._index_open()
+        ended = writer.take_ended()
+        if len(ended.env):
+            self.index.append(writer.number, *ended)
+        self.index.set_open([*self._open_elsewhere, (writer.number, *writer.open_episodes())])
         return changed
 
     def episodes(self) -> pa.Table:
@@ -177,10 +185,9 @@ class Catalog:
 
     def _index_open(self) -> None:
         others = [stream for stream in self.heads if not self._owns(stream)]
-        episodes = [(stream, *_open_places(self.heads[stream])) for stream in others]
-        if self.writer is not None:
-            episodes.append((self.writer.number, *self.writer.open_episodes()))
-        self.index.set_open(episodes)
+        self._open_elsewhere = [(stream, *_open_places(self.heads[stream])) for stream in others]
+        own = [] if self.writer is None else [(self.writer.number, *self.writer.open_episodes())]
+        self.index.set_open(self._open_elsewhere + own)
 
     def _stream_episodes(self, stream: int) -> pa.Table:
         head = self.heads[stream]

@@ -312,17 +312,34 @@ class AddressRange:
 
     def place(self, path: Path, *, offset: int, nbytes: int, exact: bool = False) -> None:
         """Map the first `nbytes` of a file; raises `CorruptionError` if it has fewer."""
-        assert offset % PAGE == 0, offset
-        assert offset + nbytes <= self.nbytes, (offset, nbytes, self.nbytes)
         descriptor = _open_regular(path, os.O_RDONLY)
         try:
             size = os.fstat(descriptor).st_size
             if size < nbytes or (exact and size != nbytes):
                 raise CorruptionError(f"{path}: expected {nbytes} bytes, found {size}")
-            where = self.address + offset
-            _map(where, nbytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
+            self._place(descriptor, offset, nbytes)
         finally:
             os.close(descriptor)
+
+    @classmethod
+    def of_file(cls, path: Path) -> "AddressRange":
+        """A whole file, of the size that it has when it is opened."""
+        descriptor = _open_regular(path, os.O_RDONLY)
+        try:
+            size = os.fstat(descriptor).st_size
+            range_ = cls(size)
+            if size:
+                range_._place(descriptor, 0, size)
+            range_.nbytes = size
+            return range_
+        finally:
+            os.close(descriptor)
+
+    def _place(self, descriptor: int, offset: int, nbytes: int) -> None:
+        assert offset % PAGE == 0, offset
+        assert offset + nbytes <= self.nbytes, (offset, nbytes, self.nbytes)
+        where = self.address + offset
+        _map(where, nbytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
         _libc.madvise(where, nbytes, mmap.MADV_RANDOM)
 
     @property
@@ -352,12 +369,7 @@ def memory() -> np.ndarray:
 
 def map_whole(path: Path) -> np.ndarray:
     """Map a whole file, read-only, as bytes."""
-    nbytes = size_of(path)
-    if nbytes == 0:
-        return np.empty(0, np.uint8)
-    range_ = AddressRange(nbytes)
-    range_.place(path, offset=0, nbytes=nbytes)
-    return np.asarray(range_)[:nbytes]
+    return np.asarray(AddressRange.of_file(path))
 
 
 def prefetch(addresses: np.ndarray, nbytes: np.ndarray) -> None:

@@ -126,7 +126,8 @@ class Reader:
         allocate: Allocate = np.empty,
     ) -> dict[str, np.ndarray]:
         """Gather fields at times: `times[field]` (batch, …) gives (batch, …, *shape)."""
-        rows_at = {id(time): self._locate(places, time, tail) for time in times.values()}
+        distinct = {id(time): time for time in times.values()}
+        rows_at = {key: self._locate(places, time, tail) for key, time in distinct.items()}
         faults = major_faults()
         if self._foresight.is_on:
             self._prefetch_flat({name: rows_at[id(time)] for name, time in times.items()})
@@ -161,8 +162,9 @@ class Reader:
             prefetch(addresses, np.full(len(addresses), PAGE))
 
     def _locate(self, places: Places, time: np.ndarray, tail: Tail | None) -> "_Rows":
-        if self._is_plain and tail is None:
-            return _Rows(time, time, 0, 0, 1, None)
+        if self._is_plain:
+            held = None if tail is None else time >= tail.floor[0]
+            return _Rows(time, time, 0, 0, 1, held if held is not None and held.any() else None)
         wide = (...,) + (None,) * (time.ndim - 1)
         stream, env = places.stream[wide], places.env[wide]
         base, width = self._base[stream], self._width[stream]

@@ -60,6 +60,7 @@ class ReplayStore:
         self._closed = False
         self._cache_bytes = cache_bytes
         self._is_behind = False  # an interrupt came while commits were taken over
+        self._shown = (-1, -1)  # the writer's state that the index and the reader show
         self._load(heads if heads is not None else self._catalog.choose_heads())
         _stores.add(self)
 
@@ -384,7 +385,8 @@ class ReplayStore:
             writer.discard()
             raise
         writer.start()
-        self._writer = self._catalog.writer = writer
+        self._catalog.attach(writer)
+        self._writer = writer
         return True
 
     def _newest_head(self, stream: int) -> Head:
@@ -421,9 +423,10 @@ class ReplayStore:
             if self._writer is not None:
                 heads[self._writer.number] = encode_head(self._writer.head, self.schema)
                 self._writer.forget_taken()
-            self._catalog, self._reader = catalog, reader
+            self._catalog, self._reader, self._tail, self._shown = catalog, reader, None, (-1, -1)
             self._load(heads)
-            self._catalog.writer = self._writer
+            if self._writer is not None:
+                self._catalog.attach(self._writer)
 
     def _load(self, heads: Mapping[int, bytes]) -> None:
         changed = self._catalog.decode(heads)
@@ -436,14 +439,17 @@ class ReplayStore:
         self._check_open()
         if self._is_behind:
             self._rebuild()
-        if self._writer is not None:
+        if self._writer is not None and self._shown != self._writer.state:
             self._is_behind = True
             with self._writer.lock:
+                state = self._writer.state
                 changed = self._catalog.catch_up()
             if changed:
                 self._reader.update(changed)
-            head = self._catalog.heads[self._writer.number]
-            self._tail = Tail(self._writer.number, self._writer.floor_of(head), self._writer.ring)
+            if changed or self._tail is None:
+                head = self._catalog.heads[self._writer.number]
+                self._tail = Tail(self._writer.number, self._writer.floor_of(head), self._writer.ring)
+            self._shown = state
         self._is_behind = False
 
     @contextlib.contextmanager

@@ -371,6 +371,11 @@ class StreamWriter:
 
     # ---- what is there, for the process that writes; the caller holds `lock`
 
+    @property
+    def state(self) -> tuple[int, int]:
+        """Changes and commits so far: while it is the same, so is what a reader here shows."""
+        return self._changes, self.head.commit
+
     def forget_taken(self) -> None:
         """Give the episodes that are in no commit once more, to a reader that begins from the head."""
         self._log = [episode[:3] for episode in self._closed]
