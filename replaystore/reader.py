@@ -134,7 +134,7 @@ class Reader:
         arrays = {}
         for name, time in times.items():
             rows, field = rows_at[id(time)], self._schema.by_name[name]
-            if not field.packed and rows.held is None and allocate is np.empty:
+            if not field.packed and rows.held is None and time.size and allocate is np.empty:
                 arrays[name] = self._flat[name].rows.take(rows.number, axis=0, mode="clip")
                 continue
             out = allocate(time.shape + field.shape, field.dtype)

@@ -68,3 +68,10 @@ def test_pages_of_a_store_on_disk_may_be_asked_for(num_envs, tmp_path, monkeypat
         store._reader._foresight.is_on = store._reader._packed["observation"].from_disk = True
         batch = store.read(np.arange(len(store)))
         assert sorted(batch.action.tolist()) == sorted(list(range(20)) * num_envs)
+
+
+def test_no_transitions_of_an_empty_store_are_read_as_empty_arrays(tmp_path):
+    ReplayStore.create(tmp_path / "store", schema()).close()
+    with ReplayStore.open(tmp_path / "store") as store:
+        batch = store.read(np.arange(0))
+    assert (batch.observation.shape, batch.action.shape, batch.ids.shape) == ((0, 6, 6), (0,), (0,))
