@@ -90,7 +90,7 @@ def decode_table(data: Any, schema: pa.Schema, path: Path) -> pa.Table:
         if not table.schema.remove_metadata().equals(schema):
             raise CorruptionError(f"{path}: expected the columns {schema}, found {table.schema}")
         table.validate(full=True)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # as pyarrow has it, its IOError
         raise CorruptionError(f"{path}: no valid Arrow file: {error}") from error
     nulls = [f.name for f in schema if not f.nullable and table.column(f.name).null_count]
     if nulls:

@@ -188,18 +188,28 @@ def _check_files(head: Head, schema: Schema, path: Path) -> None:
 def write_head(stream: Path, head: Head, schema: Schema) -> None:
     """Commit: everything the head names must be synced before.
 
-    Copies are kept in `heads/`: of the commits that are multiples of 2^p the last two, for each p.
-    Whenever a copy of the directory was begun, one of them is from before that, and speaks only of
-    files that the copy holds.
+    Copies are kept in `heads/`: of the commits that are multiples of 2^p the last two, for each p,
+    and that with which the writer began. Whenever a copy of the directory was begun, one of them is
+    from before that, and speaks only of files that the copy holds.
     """
     data = encode_head(head, schema)
     write_atomic(stream / HEAD, data)
-    if not (stream / HISTORY).is_dir():  # many ways of copying leave out empty directories
-        make_directory(stream / HISTORY, exist_ok=True)
+    _make_history(stream)
     power = 0
     while power == 0 or (head.commit and head.commit % (1 << power) == 0):
         write_spare(stream / HISTORY / f"{power:02d}-{head.commit >> power & 1}.arrow", data)
         power += 1
+
+
+def keep_head(stream: Path, head: Head, schema: Schema) -> None:
+    """Keep the head with which a writer begins, until it ends."""
+    _make_history(stream)
+    write_spare(stream / HISTORY / "begun.arrow", encode_head(head, schema))
+
+
+def _make_history(stream: Path) -> None:
+    if not (stream / HISTORY).is_dir():  # many ways of copying leave out empty directories
+        make_directory(stream / HISTORY, exist_ok=True)
 
 
 def has_head(stream: Path) -> bool:

@@ -24,7 +24,7 @@ from replaystore.commit import create_stream
 from replaystore.episodes import integers
 from replaystore.errors import ClosedError, ReadOnlyError, ReplayStoreError, UsageError
 from replaystore.files import Lock, disk_usage, make_directory, write_atomic
-from replaystore.head import HEAD, Head, decode_head, empty_head, encode_head, has_head, read_head
+from replaystore.head import HEAD, Head, decode_head, empty_head, encode_head, has_head, keep_head, read_head
 from replaystore.index import Places
 from replaystore.metadata import parse_root, render_root
 from replaystore.reader import Allocate, Reader, Tail
@@ -375,6 +375,7 @@ class ReplayStore:
             if head.num_envs != num_envs:  # made meanwhile by somebody else
                 lock.release()
                 return False
+            keep_head(path, head, self.schema)
             writer = StreamWriter(path, self.schema, head, number=stream, lock=lock)
         except BaseException:
             lock.release()

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from replaystore.errors import CorruptionError
 from replaystore.index import EpisodeIndex
 
 
@@ -80,12 +81,19 @@ def test_numbers_may_come_in_any_order_and_twice():
 
 @pytest.mark.parametrize(
     "episodes",
-    [[(0, 0, 3), (0, 3, 2)], [(0, 0, 3), (0, 0, 3)], [(0, 5, 3), (0, 4, 2)], [(0, 0, 0)], [(0, 0, 9), (0, 2, 1)]],
-)  # fmt: skip
+    [[(0, 0, 3), (0, 3, 2)], [(0, 0, 3), (0, 0, 3)], [(0, 5, 3), (0, 4, 2)], [(0, 0, 9), (0, 2, 1)]],
+)
 def test_overlapping_episodes_are_noticed(episodes):
     index = EpisodeIndex()
     index.append(0, *arrays(episodes))
-    with pytest.raises(AssertionError):
+    with pytest.raises(CorruptionError, match="expected episodes apart"):
+        index.check()
+
+
+def test_episode_without_transitions_is_noticed():
+    index = EpisodeIndex()
+    index.append(0, *arrays([(0, 0, 0)]))
+    with pytest.raises(AssertionError, match="without transitions"):
         index.check()
 
 
