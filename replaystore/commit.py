@@ -63,6 +63,28 @@ class StreamCommitter:
                 )
                 flat.resume(int(rows.min()), int(rows.max()))
                 self._flat[field.name] = flat
+        self._name_repacked()
+
+    def _name_repacked(self) -> None:
+        """Commit the lengths of shards that a writer repacked and was killed before it did.
+
+        Readers find the index of such a shard at its end, until something is appended to it.
+        """
+        changed = {
+            name: [
+                state.file(number)
+                for number, state in writer.shards.items()
+                if state.nbytes != self.head.files[name][number].nbytes
+            ]
+            for name, writer in self._packed.items()
+        }
+        if any(changed.values()):
+            self._replace_head(changed)
+
+    def _replace_head(self, changed: Mapping[str, list[FileState]]) -> None:
+        head = _with_files(replace(self.head, commit=self.head.commit + 1), changed)
+        write_head(self.path, head, self._schema)
+        self.head = head
 
     def commit(self, pending: Pending, ring: Ring) -> Head:
         """Make the pending rows durable; on any exception the last commit stands."""
@@ -83,9 +105,7 @@ class StreamCommitter:
         """Repack full shards, and at the end open ones; give arrays their exact length at the end."""
         changed = {name: files for name in self._packed if (files := self._repack(name, final))}
         if changed:
-            head = _with_files(replace(self.head, commit=self.head.commit + 1), changed)
-            write_head(self.path, head, self._schema)
-            self.head = head
+            self._replace_head(changed)
         if final:
             self._render_arrays(int(self.head.rows.max()), exact=True)
             forget_older_heads(self.path, self.head)

@@ -23,7 +23,14 @@ from replaystore.head import HEAD, Head, decode_head, empty_head, kept_heads, re
 from replaystore.metadata import MAX_METADATA_BYTES, parse_root, render_group
 from replaystore.packed import MAX_SHARD_BYTES, find_index
 from replaystore.schema import Schema
-from replaystore.verify import UNKNOWN_EPISODES, Finding, read_schema, stream_numbers, verify_stream
+from replaystore.verify import (
+    UNKNOWN_EPISODES,
+    Finding,
+    newer_head,
+    read_schema,
+    stream_numbers,
+    verify_stream,
+)
 from replaystore.writer import StreamWriter
 
 FLAGS = ("terminated", "truncated")  # which the index holds as well
@@ -107,14 +114,17 @@ def _repair_stream(root: Path, stream: int, root_bytes: bytes, dropped: Path) ->
 def _repair_head(path: Path, schema: Schema) -> Head | None:
     """The newest head that can be read, made the stream's head."""
     try:
-        return decode_head(read_head(path), schema, path / HEAD)
+        head = decode_head(read_head(path), schema, path / HEAD)
+        newer = newer_head(path, schema, head)
+        if newer is None:
+            return head
     except (ReplayStoreError, OSError):
         kept = kept_heads(path, schema)
-    if not kept:
-        return None
-    head, data = kept[0]
-    write_atomic(path / HEAD, data)
-    return head
+        if not kept:
+            return None
+        newer = kept[0]
+    write_atomic(path / HEAD, newer[1])
+    return newer[0]
 
 
 def _drop(path: Path, dropped: Path) -> Path:

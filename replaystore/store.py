@@ -381,6 +381,8 @@ class ReplayStore:
             lock.release()
             raise
         try:
+            if writer.head.commit > head.commit:
+                self._load({stream: encode_head(writer.head, self.schema)})
             self._refill(writer, head)
         except BaseException:
             writer.discard()

@@ -18,9 +18,10 @@ from replaystore.errors import ReplayStoreError
 from replaystore.field import Field
 from replaystore.files import chunk_path, list_directory, map_whole, read_bytes, read_range, size_of
 from replaystore.flat import file_checksum
-from replaystore.head import HEAD, Head, check_episodes, decode_head, has_head, read_head
+from replaystore.head import HEAD, Head, check_episodes, decode_head, has_head, kept_heads, read_head
 from replaystore.metadata import MAX_METADATA_BYTES, check_array, check_group, parse_root, parse_stream
 from replaystore.packed import ABSENT, find_index
+from replaystore.reader import check_files
 from replaystore.schema import Schema
 
 Progress = Callable[[], None]
@@ -97,9 +98,16 @@ def verify_stream(
     path = stream_path(root, stream)
     try:
         head = decode_head(read_head(path), schema, path / HEAD)
+        newer = newer_head(path, schema, head)
+        if newer is not None:
+            head = decode_head(read_head(path), schema, path / HEAD)  # a writer may have committed since
+            newer = newer_head(path, schema, head)
     except (ReplayStoreError, OSError) as error:
         yield Finding(path / HEAD, str(error), stream, stop=EVERYTHING)
         return
+    if newer is not None:
+        problem = f"expected commit {newer[0].commit}, whose files are all there, found {head.commit}"
+        yield Finding(path / HEAD, problem, stream)
     yield from _metadata(root, stream, schema, head)
     tables = []
     for state in head.parts:
@@ -118,6 +126,18 @@ def verify_stream(
             complete = len(tables) == len(head.parts)
             yield from check(path, stream, schema, field, head, number, episodes if complete else None)
             progress()
+
+
+def newer_head(path: Path, schema: Schema, head: Head) -> tuple[Head, bytes] | None:
+    """The newest kept head of which all files are there, if the stream's own head is older."""
+    for kept, data in kept_heads(path, schema):
+        if kept.commit > head.commit:
+            try:
+                check_files(path, kept, schema)
+            except (ReplayStoreError, OSError):
+                continue  # as in a copy that was made while the store was written
+            return kept, data
+    return None
 
 
 def _metadata(root: Path, stream: int, schema: Schema, head: Head) -> Iterator[Finding]:

@@ -59,13 +59,14 @@ class StreamWriter:
         self.path = path
         self.number = number
         self.lock = threading.RLock()
-        self.head = head
         self._schema = schema
         self._clock = clock
         self._file_lock = lock
         self._num_envs = head.num_envs
         self._lead = (self._num_envs,) if self._num_envs > 1 else ()
-        self._committer: StreamCommitter | None = StreamCommitter(path, schema, head)
+        committer = StreamCommitter(path, schema, head)
+        self._committer: StreamCommitter | None = committer
+        self.head = committer.head
         self._ring = Ring(schema, self._num_envs)
         self._prepare_columns()
         self._rows: list[int] = head.rows.tolist()
@@ -524,8 +525,8 @@ class StreamWriter:
         """
         head = decode_head(read_head(self.path), self._schema, self.path / HEAD)
         committer = StreamCommitter(self.path, self._schema, head)
-        if head.commit > self.head.commit:
-            self._adopt(head, changes=-1)
+        if committer.head.commit > self.head.commit:
+            self._adopt(committer.head, changes=-1)
         self._committer = committer
         return committer
 

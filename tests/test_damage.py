@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from recording import Recorder, check_transitions, observations, schema
 
+import replaystore.commit
 from replaystore import ReplayStore, ReplayStoreError
 from replaystore.cli import main
+from replaystore.packed import PackedWriter
 from replaystore.repair import repair
 from replaystore.verify import verify
 
@@ -190,3 +192,52 @@ def test_verify_and_repair_from_the_command_line(intact, tmp_path, capsys, monke
     assert not (tmp_path / "copy.dropped").exists()
     assert main(["repair", str(target), "--yes"]) == 0
     assert main(["verify", str(target)]) == 0
+
+
+def test_an_older_head_in_place_of_the_newest_is_found_and_repaired(tmp_path):
+    head = tmp_path / "store" / "streams" / "000000" / "head.arrow"
+    with ReplayStore.create(tmp_path / "store", schema()) as store:
+        recorder = Recorder(store)
+        recorder.step(7)
+        store.flush()
+        older = head.read_bytes()
+        recorder.step(7)
+    head.write_bytes(older)
+    assert any("expected commit" in str(finding) for finding in verify(tmp_path / "store"))
+    list(repair(tmp_path / "store", list(verify(tmp_path / "store"))))
+    assert list(verify(tmp_path / "store")) == []
+    with ReplayStore.open(tmp_path / "store") as store:
+        assert check_transitions(store) == list(range(14))
+
+
+def test_a_shard_that_was_repacked_is_named_before_anything_is_appended_to_it(tmp_path, monkeypatch):
+    """As when a writer is killed between repacking and its head, and the next one at any later moment."""
+    path, killed, states = tmp_path / "store", tmp_path / "killed", []
+    repack, write_head = PackedWriter.repack, replaystore.commit.write_head
+
+    def repack_and_copy(*args):
+        state = repack(*args)
+        shutil.copytree(path, killed)
+        return state
+
+    def copy_and_write(*args):
+        states.append(tmp_path / f"state-{len(states)}")
+        shutil.copytree(killed, states[-1])
+        write_head(*args)
+
+    with ReplayStore.create(path, schema()) as store, monkeypatch.context() as patch:
+        recorder = Recorder(store)
+        for _ in range(6):
+            recorder.step()
+            store.flush()
+        patch.setattr(PackedWriter, "repack", repack_and_copy)
+        store.close()
+    monkeypatch.setattr(replaystore.commit, "write_head", copy_and_write)
+    with ReplayStore.open(killed, "a") as store:
+        Recorder(store, start=6).step()
+        store.flush()
+    assert len(states) > 1
+    for state in states:
+        assert list(verify(state)) == []
+        with ReplayStore.open(state) as store:
+            assert check_transitions(store)[:6] == list(range(6))
