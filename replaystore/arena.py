@@ -1,9 +1,10 @@
 """One packed field of all streams, read through an arena of decoded chunks.
 
-A batch's rows are taken slice by slice, so that what is decoded is gathered while it is in cache.
+A batch's rows are taken slice by slice, so that what is decoded is gathered while it is in the
+processor's cache. A small arena is only scratch space for that; a large one keeps decoded chunks.
 What numpy can do for all chunks of a piece at once (finding shards, reading index entries and
 headers) is done at once; checksums and decoding are C calls from `map`. Of a chunk only the rows
-up to the last one needed are decoded, unless the arena is large enough to be a cache.
+up to the last one needed are decoded, unless the arena keeps it.
 """
 
 from collections.abc import Mapping
@@ -20,10 +21,13 @@ from replaystore.head import HEAD, Head, decode_head, read_head
 from replaystore.packed import Shard, open_shard
 from replaystore.schema import Schema
 
-SLICE_ROWS = 160  # decoded and gathered while in cache: 32 items of five frames
-SCRATCH_BYTES = 1 << 27  # for a slice's chunks and the next one's; fewer rows if they are larger
+SLICE_ROWS = 160  # decoded and gathered while in the processor's cache: 32 items of five frames
+SCRATCH_BYTES = 1 << 21  # decoded at a time where there is no cache; fits the processor's
+MIN_SCRATCH = 4  # chunks
+MIN_CACHE = 2 * SLICE_ROWS + 1  # chunks: a slice's may all be missing
 PIECE_ROWS = 4096  # prepared at once
 MAX_SHARDS = 8192  # mapped at once, of the 65,530 maps that Linux allows a process
+ONLY = np.zeros(1, np.int64)
 NOTHING = -1  # in a slot; as an index, the last entry, which no chunk has
 
 
@@ -68,13 +72,13 @@ class PackedColumn:
         self._schema = schema
         self._field = field
         self._codec = ChunkCodec(field)
-        self._slice = max(1, min(SLICE_ROWS, SCRATCH_BYTES // (2 * field.chunk_nbytes)))
-        scratch = 2 * self._slice
-        slots = max(scratch, cache_bytes // field.chunk_nbytes)
-        self._is_cache = slots > 2 * scratch
+        slots = cache_bytes // field.chunk_nbytes
+        self._is_cache = slots >= MIN_CACHE
+        if not self._is_cache:
+            slots = max(MIN_SCRATCH, SCRATCH_BYTES // field.chunk_nbytes)
         self._arena = np.empty((slots * field.chunk_rows, *field.shape), field.dtype)
-        self._holds = np.full(slots, NOTHING, np.int64)  # the chunk in each slot
-        self._valid = np.zeros(slots, np.int64)  # how many of its rows
+        self._targets = (self._arena.ctypes.data + np.arange(slots) * field.chunk_nbytes).tolist()
+        self._holds = np.full(slots, NOTHING, np.int64)  # the chunk in each slot, if it is a cache
         self._slots = np.zeros(1, np.int32)  # by chunk: 1 + its slot, or 0; the last one is nothing's
         self._hand = 0
         self.from_disk = False  # whether to ask for chunks before the first of them is read
@@ -117,31 +121,42 @@ class PackedColumn:
             self._take_piece(chunks[piece], within[piece], out[piece])
 
     def _take_piece(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
+        if self._is_cache:
+            self._take_cached(chunks, within, out)
+            return
+        runs, many = _runs(chunks), len(self._holds)
+        wanted = ((np.maximum.reduceat(within, runs.first) + 1) * self._field.row_nbytes).tolist()
+        frames, rows = self._find(runs.chunk), runs.run % many * self._field.chunk_rows + within
+        for start in range(0, len(wanted), many):
+            stop = min(start + many, len(wanted))
+            part = slice(runs.first[start], runs.last[stop - 1] + 1)
+            self._decode(frames, self._targets, wanted, (start, stop), runs.chunk)
+            self._arena.take(rows[part], axis=0, out=out[part], mode="clip")
+
+    def _take_cached(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
         size = self._field.chunk_rows
-        if self._is_cache and (held := self._slots.take(chunks)).all():  # in whole chunks
+        if (held := self._slots.take(chunks)).all():
             rows = (held.astype(np.int64) - 1) * size + within
             self._arena.take(rows, axis=0, out=out, mode="clip")
             return
         runs = _runs(chunks)
-        ends = np.maximum.reduceat(within, runs.first) + 1
         slots = self._slots.take(runs.chunk).astype(np.int64) - 1
         ahead = (slots - self._hand) % len(self._holds)  # decoded over before long, if small
-        missing = np.flatnonzero((slots < 0) | (self._valid[slots] < ends) | (ahead < len(slots)))
+        missing = np.flatnonzero((slots < 0) | (ahead < len(slots)))
         slots[missing] = (self._hand + np.arange(len(missing))) % len(self._holds)
-        needed = np.full(len(missing), size) if self._is_cache else ends[missing]
         frames = self._find(runs.chunk[missing])
         self._claim(slots[missing])
         targets = (self._arena.ctypes.data + slots[missing] * self._field.chunk_nbytes).tolist()
-        wanted = (needed * self._field.row_nbytes).tolist()
+        whole = [self._field.chunk_nbytes] * len(missing)
         rows, done = slots.take(runs.run) * size + within, 0
-        for start in range(0, len(chunks), self._slice):
-            stop = min(start + self._slice, len(chunks))
+        for start in range(0, len(chunks), SLICE_ROWS):
+            stop = min(start + SLICE_ROWS, len(chunks))
             upto = int(missing.searchsorted(runs.run[stop - 1], side="right"))
             if upto > done:
-                self._decode(frames, targets, wanted, (done, upto), runs.chunk[missing])
+                self._decode(frames, targets[done:upto], whole, (done, upto), runs.chunk[missing])
             done = upto
             self._arena.take(rows[start:stop], axis=0, out=out[start:stop], mode="clip")
-        self._settle(slots[missing], runs.chunk[missing], needed)
+        self._settle(slots[missing], runs.chunk[missing])
 
     def _claim(self, slots: np.ndarray) -> None:
         """Forget what is in slots that are about to be decoded into."""
@@ -149,10 +164,10 @@ class PackedColumn:
         self._slots[held[self._slots[held] == slots + 1]] = 0
         self._holds[slots] = NOTHING
 
-    def _settle(self, slots: np.ndarray, chunks: np.ndarray, valid: np.ndarray) -> None:
+    def _settle(self, slots: np.ndarray, chunks: np.ndarray) -> None:
         """Say what is in the slots now; of those that were used twice, the last."""
-        slots, chunks, valid = (each[-len(self._holds) :] for each in (slots, chunks, valid))
-        self._holds[slots], self._valid[slots] = chunks, valid
+        slots, chunks = (each[-len(self._holds) :] for each in (slots, chunks))
+        self._holds[slots] = chunks
         self._slots[chunks] = slots + 1
         if len(slots):
             self._hand = int(slots[-1] + 1) % len(self._holds)
@@ -160,30 +175,33 @@ class PackedColumn:
     def _decode(
         self, frames: Frames, targets: list[int], wanted: list[int], part: tuple[int, int], chunks: np.ndarray
     ) -> None:
+        """Decode a part of the frames, the first into the first target."""
         start, stop = part
         try:
-            self._codec.decode_many(frames.part(start, stop), targets[start:stop], wanted[start:stop])
+            self._codec.decode_many(frames.part(start, stop), targets[: stop - start], wanted[start:stop])
         except DamagedChunk as error:
             raise self._damaged(int(chunks[start + error.place]), error) from error
 
     def _find(self, chunks: np.ndarray) -> Frames:
         """Where the chunks are, and that they are as they were written."""
-        place = self._bases.searchsorted(chunks, side="right") - 1
-        shard, number = np.divmod(chunks - self._bases[place], self._shard_chunks[place])
-        shard += self._first_shard[place]
-        self._open_shards(np.unique(shard[self._start[shard] == 0]), np.unique(shard))
-        places = self._index[shard] + 16 * number
+        place = self._bases.searchsorted(chunks, side="right") - 1 if len(self._bases) > 1 else ONLY
+        shard, number = np.divmod(chunks - self._bases.take(place), self._shard_chunks.take(place))
+        shard += self._first_shard.take(place)
+        if not self._start.take(shard).all():
+            self._open_shards(np.unique(shard[self._start[shard] == 0]), np.unique(shard))
+        places = self._index.take(shard) + 16 * number
         if self.from_disk:
             prefetch(places, np.full(len(places), 16))
         entries = places[:, None] + np.arange(16)
         offset, nbytes = memory().take(entries - MEMORY_START).view("<i8").T
-        outside = (offset < 0) | (nbytes < 0) | (offset + nbytes > self._nbytes[shard])
+        start, end = self._start.take(shard) + offset, offset + nbytes
+        outside = (offset < 0) | (nbytes < 0) | (end > self._nbytes.take(shard))
         if outside.any():
             raise self._damaged(int(chunks[np.argmax(outside)]), CorruptionError("the chunk is missing"))
         if self.from_disk:
-            prefetch(self._start[shard] + offset, nbytes)
+            prefetch(start, nbytes)
         try:
-            return self._codec.check(self._start[shard] + offset, nbytes)
+            return self._codec.check(start, nbytes)
         except DamagedChunk as error:
             raise self._damaged(int(chunks[error.place]), error) from error
 

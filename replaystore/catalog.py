@@ -129,6 +129,7 @@ class Catalog:
         """Take over heads, and index their episodes."""
         parts = {stream: self._open_parts(stream, head) for stream, head in heads.items()}
         for stream, head in heads.items():
+            self.index.set_width(stream, head.num_envs)
             self._index_head(stream, head, parts[stream])
         self.heads |= heads
         self._loaded |= {stream: data[stream] for stream in heads}

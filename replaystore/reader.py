@@ -20,12 +20,8 @@ from replaystore.flat import FlatColumn, file_checksum
 from replaystore.head import Head
 from replaystore.index import Places
 from replaystore.packed import open_shard
+from replaystore.recycler import SMALLEST, Recycler
 from replaystore.schema import Schema
-
-SLICE_ROWS = 160  # decoded and gathered while in cache: 32 items of five frames
-MAX_SHARDS = 8192  # mapped at once, of the 65,530 maps that Linux allows a process
-
-NOTHING = -1  # in a slot; as an index, the last entry, which no chunk has
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 
@@ -90,6 +86,7 @@ class Reader:
         self._width = np.zeros(0, np.int64)
         self._flat: dict[str, FlatColumn] = {}
         self._foresight = Foresight()
+        self._recycler = Recycler()
         self._is_plain = False  # one stream of one environment: the number of a row is its time
         packed = [field for field in schema.fields if field.packed]
         share = cache_bytes // max(1, len(packed))
@@ -110,22 +107,18 @@ class Reader:
             for column in self._packed.values():
                 column.update(stream, self._spaces[stream], old_head)
 
-    def ids(self, places: Places) -> np.ndarray:
-        """Names for transitions that never change: stream * 2^40 + time * num_envs + env."""
-        if self._is_plain:
-            return places.time + (next(iter(self._spaces)) << 40)
-        ids: np.ndarray = (places.stream << 40) + places.time * self._width[places.stream] + places.env
-        return ids
-
     def read(
         self,
         places: Places,
         times: Mapping[str, np.ndarray],
         *,
         tail: Tail | None = None,
-        allocate: Allocate = np.empty,
+        allocate: Allocate | None = None,
     ) -> dict[str, np.ndarray]:
-        """Gather fields at times: `times[field]` (batch, …) gives (batch, …, *shape)."""
+        """Gather fields at times: `times[field]` (batch, …) gives (batch, …, *shape).
+
+        `allocate(shape, dtype)` gives the arrays to read into.
+        """
         distinct = {id(time): time for time in times.values()}
         rows_at = {key: self._locate(places, time, tail) for key, time in distinct.items()}
         faults = major_faults()
@@ -134,10 +127,11 @@ class Reader:
         arrays = {}
         for name, time in times.items():
             rows, field = rows_at[id(time)], self._schema.by_name[name]
-            if not field.packed and rows.held is None and time.size and allocate is np.empty:
+            is_small = time.size * field.row_nbytes < SMALLEST
+            if not field.packed and rows.held is None and time.size and is_small and allocate is None:
                 arrays[name] = self._flat[name].rows.take(rows.number, axis=0, mode="clip")
                 continue
-            out = allocate(time.shape + field.shape, field.dtype)
+            out = (allocate or self._recycler.allocate)(time.shape + field.shape, field.dtype)
             if rows.held is None or not rows.held.all():
                 self._gather(field, rows, out.reshape(-1, *field.shape))
             if rows.held is not None and tail is not None:

@@ -1,42 +1,38 @@
 """`ReplayStore`: one directory that is recorded into and sampled from.
 
-The store joins the parts: the streams' heads, the episode index over them, the reader of their
-rows, and, when it was opened for writing, the writer of one stream.
+The store joins the parts: a view of what it holds, to sample from (`selection.py`), and, when it was
+opened for writing, the writer of one stream.
 """
 
-import contextlib
 import itertools
 import json
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import pyarrow as pa
 
 from replaystore.arena import stream_path
-from replaystore.catalog import Catalog
 from replaystore.commit import create_stream
-from replaystore.episodes import integers
-from replaystore.errors import ClosedError, ReadOnlyError, ReplayStoreError, UsageError
+from replaystore.errors import ClosedError, ReadOnlyError, UsageError
 from replaystore.files import Lock, disk_usage, make_directory, write_atomic
 from replaystore.head import HEAD, Head, decode_head, empty_head, encode_head, has_head, keep_head, read_head
 from replaystore.index import Places
 from replaystore.metadata import parse_root, render_root
-from replaystore.reader import Allocate, Reader, Tail
 from replaystore.root import make_root, read_root
 from replaystore.schema import MAX_NUM_ENVS, Schema
-from replaystore.windows import Batch, Transition
+from replaystore.selection import Selection
+from replaystore.view import View
 from replaystore.writer import StreamWriter
 
 CACHE_BYTES = 1 << 23
 
 
-class ReplayStore:
+class ReplayStore(Selection):
     """A replay memory on disk. Make one with `create` or `open`; use it as a context manager.
 
     Any number of processes may have a store open to read while others write it. One object may be
@@ -48,20 +44,9 @@ class ReplayStore:
         self.path = path
         self._root = read_root(path)
         attributes = parse_root(self._root, str(path / "zarr.json"))
-        self.schema: Schema = attributes["schema"]
         self.env_spec: str | None = attributes["env_spec"]
         self.frame_stack: int = attributes["frame_stack"]
-        self._lock = threading.RLock()
-        self._catalog = Catalog(path, self.schema)
-        self._reader = Reader(path, self.schema, cache_bytes=cache_bytes)
-        self._writer: StreamWriter | None = None
-        self._tail: Tail | None = None  # what the writer's ring holds beyond the heads shown
-        self._rng = np.random.default_rng()
-        self._closed = False
-        self._cache_bytes = cache_bytes
-        self._is_behind = False  # an interrupt came while commits were taken over
-        self._shown = (-1, -1)  # the writer's state that the index and the reader show
-        self._load(heads if heads is not None else self._catalog.choose_heads())
+        super().__init__(View(path, attributes["schema"], heads=heads, cache_bytes=cache_bytes))
         _stores.add(self)
 
     @classmethod
@@ -134,7 +119,7 @@ class ReplayStore:
         which of them begin. `policy` tags the episode, `columns` fills the schema's episode
         columns (a value, or one for each environment).
         """
-        with self._lock:
+        with self._view.lock:
             self._writable().reset(observation, seed=seed, mask=mask, policy=policy, columns=columns)
 
     def step(
@@ -161,7 +146,7 @@ class ReplayStore:
             "terminated": terminated,
             "truncated": truncated,
         }
-        with self._lock:
+        with self._view.lock:
             self._writable().step(values | extra if extra else values, mask)
 
     def add_episode(
@@ -173,22 +158,22 @@ class ReplayStore:
         **fields: Any,
     ) -> None:
         """Append a whole episode: L+1 observations, L of every other field."""
-        with self._lock:
+        with self._view.lock:
             self._writable().add_episode(
                 fields, seed=seed, policy=policy, columns={} if columns is None else columns
             )
 
     def flush(self) -> None:
         """Return when every row appended before survives a kill and a power cut."""
-        with self._lock:
+        with self._view.lock:
             self._writable().flush()
 
     def close(self) -> None:
         """Commit what was appended, give the stream back, and let the files go."""
-        with self._lock:
-            if self._writer is not None:
-                self._writer.close()
-            self._closed = True
+        with self._view.lock:
+            if self._view.writer is not None:
+                self._view.writer.close()
+            self._view.is_closed = True
         _stores.discard(self)
 
     def __enter__(self) -> Self:
@@ -204,116 +189,19 @@ class ReplayStore:
     def refresh(self) -> None:
         """Move to the newest commit of every stream; transition numbers may change, ids do not."""
         self._check_open()
-        with self._lock:
-            if self._is_behind:
-                self._rebuild()
-            heads = self._catalog.read_heads()
-            self._is_behind = True
-            try:
-                self._load(heads)
-            except (ReplayStoreError, OSError):
-                self._is_behind = False  # nothing was taken over
-                raise
-            self._is_behind = False
+        with self._view.lock:
+            self._view.refresh()
 
     @property
     def snapshot(self) -> dict[int, bytes]:
         """The commit this store shows, to `open` the same in another process."""
-        with self._lock:
-            self._catch_up()
-            return self._catalog.snapshot()
-
-    def __len__(self) -> int:
-        """Transitions; in the process that writes, also those not yet committed."""
-        with self._lock:
-            self._catch_up()
-            return len(self._catalog.index)
-
-    @property
-    def num_episodes(self) -> int:
-        """Episodes of at least one transition, open ones included."""
-        with self._lock:
-            self._catch_up()
-            return self._catalog.index.num_episodes
+        with self._view.lock:
+            return self._view.snapshot()
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk: the blocks of every file in the directory."""
         return disk_usage(self.path)
-
-    @property
-    def episodes(self) -> pa.Table:
-        """One row per episode, those of sealed index parts memory-mapped; see the README.
-
-        `stream` and the columns of the index. Episodes that are open stand behind the others of
-        their stream, with the length they have.
-        """
-        with self._lock:
-            self._catch_up()
-            with self._commits_held():
-                return self._catalog.episodes()
-
-    def episode(self, number: int) -> dict[str, Any]:
-        """The arrays of one episode: L+1 observations, L of the rest; nested as the spaces are."""
-        with self._lock:
-            table = self.episodes
-            if not isinstance(number, (int, np.integer)) or not -len(table) <= number < len(table):
-                raise UsageError(f"episode: expected a number below {len(table)}, got {number!r}")
-            row = table.slice(int(number) % len(table), 1)
-            stream, env, first, length = (
-                integers(row, name) for name in ("stream", "env", "first_row", "length")
-            )
-            places = Places(stream, env, first, first, first + length)
-            rows = first[:, None] + np.arange(length[0] + 1)
-            times = {
-                field.name: rows if self.schema.is_observation(field.name) else rows[:, :-1]
-                for field in self.schema.fields
-            }
-            arrays = self._reader.read(places, times, tail=self._tail)
-            flat = {name: array[0] for name, array in arrays.items()}
-            return {top: self.schema.nest(top, flat) for top in self.schema.tops}
-
-    def sample(
-        self, n: int, window: Transition | None = None, rng: np.random.Generator | None = None
-    ) -> Batch:
-        """Draw n transitions uniformly, with replacement."""
-        if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1:
-            raise UsageError(f"sample: expected a batch size from 1, got {n!r}")
-        if rng is not None and not isinstance(rng, np.random.Generator):
-            raise UsageError(f"rng: expected a numpy.random.Generator, got {rng!r}")
-        with self._lock:
-            self._catch_up()
-            length = len(self._catalog.index)
-            if not length:
-                raise UsageError(f"sample: expected at least one transition, {self.path} has none")
-            rng = self._rng if rng is None else rng
-            return self._read(rng.integers(length, size=n), _window(window))
-
-    def read(
-        self, numbers: np.ndarray, window: Transition | None = None, *, allocate: Allocate = np.empty
-    ) -> Batch:
-        """Read transitions by number, from 0 to `len(store) - 1`.
-
-        `allocate(shape, dtype)` gives the arrays to read into.
-        """
-        numbers = np.asarray(numbers)
-        with self._lock:
-            self._catch_up()
-            length = len(self._catalog.index)
-            if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
-                raise UsageError(f"read: expected a list of integers, got {numbers.dtype} of {numbers.shape}")
-            if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < length:
-                shown = f"{numbers.min()} to {numbers.max()}"
-                raise UsageError(f"read: expected numbers from 0 to {length - 1}, got {shown}")
-            return self._read(numbers.astype(np.int64), _window(window), allocate)
-
-    def _read(self, numbers: np.ndarray, window: Transition, allocate: Allocate = np.empty) -> Batch:
-        """The read path: numbers, places, rows, arrays, batch."""
-        places = self._catalog.index.locate(numbers)
-        rows = window.rows(places)
-        times = {field.name: rows.of(field.name) for field in self.schema.fields}
-        arrays = self._reader.read(places, times, tail=self._tail, allocate=allocate)
-        return window.batch(rows, arrays, schema=self.schema, ids=self._reader.ids(places))
 
     def make_env(self, **kwargs: Any) -> Any:
         """Make the recorded environment again, by gymnasium's `make` with these arguments.
@@ -333,25 +221,22 @@ class ReplayStore:
 
         Quick; `replaystore verify` reads every byte.
         """
-        with self._lock:
-            self._catch_up()
-            with self._commits_held():
-                self._catalog.check()
+        with self._view.lock:
+            self._view.check()
 
     # ---- the writer
 
     def _writable(self) -> StreamWriter:
-        if self._closed:
-            raise ClosedError(f"{self.path}: the store is closed")
-        if self._writer is None:
+        self._check_open()
+        if self._view.writer is None:
             raise ReadOnlyError(f'{self.path}: opened with mode "r"; open it with mode "a" to write')
-        return self._writer
+        return self._view.writer
 
     def _open_writer(self, num_envs: int | None) -> None:
         """Take the newest stream of this many environments that nobody holds, or a new one."""
         if not os.access(self.path / "streams", os.W_OK):
             raise ReadOnlyError(f"{self.path}: the directory cannot be written")
-        heads = self._catalog.heads
+        heads = self._view.heads
         newest = max(heads, default=-1)
         if num_envs is None:
             num_envs = heads[newest].num_envs if heads else 1
@@ -382,27 +267,26 @@ class ReplayStore:
             raise
         try:
             if writer.head.commit > head.commit:
-                self._load({stream: encode_head(writer.head, self.schema)})
+                self._view.load({stream: encode_head(writer.head, self.schema)})
             self._refill(writer, head)
         except BaseException:
             writer.discard()
             raise
         writer.start()
-        self._catalog.attach(writer)
-        self._writer = writer
+        self._view.attach(writer)
         return True
 
     def _newest_head(self, stream: int) -> Head:
         """The head to go on from; the stream is locked, so nobody replaces it."""
         path = stream_path(self.path, stream)
-        known = self._catalog.heads.get(stream)
+        known = self._view.heads.get(stream)
         data = read_head(path)
         if known is not None and decode_head(data, self.schema, path / HEAD).commit > known.commit:
-            data = self._catalog.choose_heads()[stream]
+            data = self._view.choose_heads()[stream]
             if data != read_head(path):
                 write_atomic(path / HEAD, data)  # what this copy lacks is given up
-        self._load({stream: data})
-        return self._catalog.heads[stream]
+        self._view.load({stream: data})
+        return self._view.heads[stream]
 
     def _refill(self, writer: StreamWriter, head: Head) -> None:
         for env, (floor, rows) in enumerate(zip(writer.floor_of(head), head.rows, strict=True)):
@@ -413,66 +297,18 @@ class ReplayStore:
                     name: np.arange(floor, head.field_rows(self.schema, name)[env])[None]
                     for name in self.schema.by_name
                 }
-                arrays = self._reader.read(places, times)
+                arrays = self._view.arrays(places, times)
                 rings = {name: array[0] for name, array in arrays.items()}
                 writer.refill(env, int(floor), int(rows - floor), rings)
 
-    def _rebuild(self) -> None:
-        """Begin anew from the heads: an interrupt has left the index or the reader half-way."""
-        heads = self._catalog.read_heads()
-        catalog = Catalog(self.path, self.schema)
-        reader = Reader(self.path, self.schema, cache_bytes=self._cache_bytes)
-        with self._writer.lock if self._writer is not None else contextlib.nullcontext():
-            if self._writer is not None:
-                heads[self._writer.number] = encode_head(self._writer.head, self.schema)
-                self._writer.forget_taken()
-            self._catalog, self._reader, self._tail, self._shown = catalog, reader, None, (-1, -1)
-            self._load(heads)
-            if self._writer is not None:
-                self._catalog.attach(self._writer)
-
-    def _load(self, heads: Mapping[int, bytes]) -> None:
-        changed = self._catalog.decode(heads)
-        if changed:
-            self._reader.update(changed)
-        self._catalog.take(changed, heads)
-
-    def _catch_up(self) -> None:
-        """In the process that writes: take in what was appended since the last call."""
-        self._check_open()
-        if self._is_behind:
-            self._rebuild()
-        if self._writer is not None and self._shown != self._writer.state:
-            self._is_behind = True
-            with self._writer.lock:
-                state = self._writer.state
-                changed = self._catalog.catch_up()
-            if changed:
-                self._reader.update(changed)
-            if changed or self._tail is None:
-                head = self._catalog.heads[self._writer.number]
-                self._tail = Tail(self._writer.number, self._writer.floor_of(head), self._writer.ring)
-            self._shown = state
-        self._is_behind = False
-
-    @contextlib.contextmanager
-    def _commits_held(self) -> Iterator[None]:
-        """While what the writer here has not committed is joined to the head that lacks it."""
-        if self._writer is None:
-            yield
-            return
-        with self._writer.lock:
-            self._catch_up()
-            yield
-
     def _check_open(self) -> None:
-        if self._closed:
+        if self._view.is_closed:
             raise ClosedError(f"{self.path}: the store is closed")
 
     def _after_fork(self) -> None:
-        self._lock = threading.RLock()
-        if self._writer is not None:
-            self._writer.abandon()
+        self._view.lock = threading.RLock()
+        if self._view.writer is not None:
+            self._view.writer.abandon()
 
 
 _stores: "weakref.WeakSet[ReplayStore]" = weakref.WeakSet()
@@ -484,17 +320,6 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-_PLAIN = Transition()
-
-
-def _window(window: Transition | None) -> Transition:
-    if window is None:
-        return _PLAIN
-    if not isinstance(window, Transition):
-        raise UsageError(f"window: expected a Transition, got {window!r}")
-    return window
 
 
 def _check_num_envs(num_envs: Any) -> None:

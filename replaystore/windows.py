@@ -8,12 +8,12 @@ with n_step > 1 the two stacks share few frames, so each is read for itself.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from replaystore.errors import UsageError
-from replaystore.index import Places
+from replaystore.index import EACH, Places, Spacing
 from replaystore.schema import Nested, Schema
 
 
@@ -22,7 +22,8 @@ class Batch(NamedTuple):
 
     `reward` is the n-step return and `discount` what the value of `next_observation` is worth:
     gamma^k after k steps, 0 after termination. `terminated` and `truncated` are of the last step.
-    `ids` (int64) name the transitions for good. `extra` holds the user's own fields.
+    `ids` (int64) name the transitions for good. `weights` (float32) correct for the sampler, and are 1
+    but for those that draw by priority. `extra` holds the user's own fields.
     """
 
     observation: Nested
@@ -33,7 +34,37 @@ class Batch(NamedTuple):
     truncated: np.ndarray
     discount: np.ndarray
     ids: np.ndarray
+    weights: np.ndarray
     extra: dict[str, Nested]
+
+
+class Times(Protocol):
+    """The rows to read for a batch of some window."""
+
+    def of(self, name: str) -> np.ndarray:
+        """The times at which to read a field, (batch, …), int64."""
+
+
+class Items(NamedTuple):
+    """The items of a batch: their ids (int64) and weights (float32), and where they are."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    places: Places
+
+
+class Window(Protocol):
+    """What an item is: which transitions begin one, which rows it takes, and what they become."""
+
+    @property
+    def spacing(self) -> Spacing:
+        """Which transitions begin an item."""
+
+    def rows(self, places: Places) -> Any:
+        """The rows that the items at these places need, as `Times`."""
+
+    def batch(self, rows: Any, arrays: Mapping[str, np.ndarray], *, schema: Schema, items: Items) -> Any:
+        """Shape what was read, `arrays` with each field at the rows asked for, into a named tuple."""
 
 
 class RowTimes(NamedTuple):
@@ -86,6 +117,10 @@ class Transition:
         ):
             raise UsageError(f"gamma: expected a number from 0 to 1, got {self.gamma!r}")
 
+    @property
+    def spacing(self) -> Spacing:
+        return EACH
+
     @cached_property
     def _offsets(self) -> np.ndarray:
         """Of the frames that a transition's two observations take, from its time."""
@@ -110,7 +145,7 @@ class Transition:
         return np.maximum(times, first), times < first
 
     def batch(
-        self, rows: RowTimes, arrays: Mapping[str, np.ndarray], *, schema: Schema, ids: np.ndarray
+        self, rows: RowTimes, arrays: Mapping[str, np.ndarray], *, schema: Schema, items: Items
     ) -> Batch:
         """Shape what was read: `arrays` holds each field at the rows asked for."""
         if rows.before is not None:
@@ -128,7 +163,8 @@ class Transition:
             terminated=arrays["terminated"],
             truncated=arrays["truncated"],
             discount=discount,
-            ids=ids,
+            ids=items.ids,
+            weights=items.weights,
             extra={top: schema.nest(top, arrays) for top in schema.extra},
         )
 

@@ -1,8 +1,10 @@
+import json
+
 import numpy as np
 import pytest
 
 from replaystore.errors import CorruptionError
-from replaystore.index import EpisodeIndex
+from replaystore.index import EpisodeIndex, Extent, Spacing
 
 
 def arrays(episodes):
@@ -30,14 +32,9 @@ def check(index, model):
     assert index.num_episodes == len(model.closed + model.open)
     found = index.locate(np.arange(len(places)))
     assert list(zip(*(column.tolist() for column in found), strict=True)) == places
-    for number, (stream, env, first, length) in enumerate(model.closed + model.open):
-        assert [column.tolist() for column in index.episode(number)] == [
-            [stream],
-            [env],
-            [first],
-            [first],
-            [first + length],
-        ]
+    episodes = [column.tolist() for column in index.episodes()]
+    shown = [(s, env, first, first + length) for s, env, first, length in model.closed + model.open]
+    assert list(zip(*episodes, strict=True)) == shown
     index.check()
 
 
@@ -45,6 +42,9 @@ def check(index, model):
 def test_numbers_lead_to_rows_as_a_list_would(seed):
     rng = np.random.default_rng(seed)
     index, model = EpisodeIndex(), Model()
+    for stream in (2, 0, 1):
+        index.set_width(stream, 4)
+    follower = EpisodeIndex(Spacing(3, 2, 1))
     rows = np.zeros((3, 4), np.int64)
     for _ in range(60):
         stream = int(rng.integers(3))
@@ -63,6 +63,56 @@ def test_numbers_lead_to_rows_as_a_list_would(seed):
         ]
         index.set_open([(s, *arrays([e[1:] for e in model.open if e[0] == s])) for s in range(3)])
         check(index, model)
+        follower.follow(index)
+        check_spaced(follower, model)
+
+
+def check_spaced(index, model):
+    """Items at transitions 1, 4, 7 … of which 2 are left, and every id leads to its item's number."""
+    places = [
+        (stream, env, first + t, first, first + length)
+        for stream, env, first, length in model.closed + model.open
+        for t in range(1, length - 1, 3)
+    ]
+    found = index.locate(np.arange(len(index)))
+    assert list(zip(*(column.tolist() for column in found), strict=True)) == places
+    items = {(s << 40) + t * 4 + env: number for number, (s, env, t, _, _) in enumerate(places)}
+    every = [(s << 40) + t * 4 + env for s, env, t, _, last in model.places() for t in (t, last)]
+    every += [-1, 7 << 40, (1 << 62) + 5]
+    assert index.numbers(np.array(every)).tolist() == [items.get(id_, -1) for id_ in every]
+    index.check()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_extent_finds_the_same_episodes_when_more_have_come(seed):
+    rng = np.random.default_rng(seed)
+    index, rows = EpisodeIndex(), np.zeros((2, 3), np.int64)
+    for stream in range(2):
+        index.set_width(stream, 3)
+
+    def grow():
+        for _ in range(10):
+            stream, env, length = int(rng.integers(2)), int(rng.integers(3)), int(rng.integers(1, 9))
+            rows[stream, env] += (stream, env) not in still_open
+            length += still_open.pop((stream, env), 0)
+            index.append(stream, *arrays([(env, int(rows[stream, env]), length)]))
+            rows[stream, env] += length
+        for stream, env in ((0, 1), (1, 2)):
+            rows[stream, env] += (stream, env) not in still_open
+            still_open[stream, env] = still_open.get((stream, env), 0) + 2
+        index.set_open([(s, *arrays([(e, int(rows[s, e]), n)])) for (s, e), n in still_open.items()])
+
+    still_open = {}
+    grow()
+    extent = Extent(**json.loads(json.dumps(index.extent()._asdict())))
+    before = index.at(extent)
+    ids = set(index.ids(index.locate(np.arange(len(index)))).tolist())
+    for _ in range(3):
+        grow()
+    after = index.at(extent)
+    assert after.is_like(before)
+    assert not after.is_like(index)
+    assert set(after.ids(after.locate(np.arange(len(after)))).tolist()) == ids
 
 
 def test_an_empty_index_has_nothing():

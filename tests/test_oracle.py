@@ -52,7 +52,7 @@ def check_episodes(store, read):
 
 def play(store, rng, steps):
     """Random episodes in all environments, which end at different times."""
-    schema, num_envs = store.schema, store._writer.head.num_envs
+    schema, num_envs = store.schema, store._view.writer.head.num_envs
     lead = (num_envs,) if num_envs > 1 else ()
 
     def values(tops):
@@ -157,7 +157,7 @@ def test_a_closed_store_has_arrays_of_exactly_its_rows(tmp_path):
     with ReplayStore.create(tmp_path / "store", mixed_schema(), 3) as store:
         play(store, np.random.default_rng(0), 40)
     with ReplayStore.open(tmp_path / "store") as store:
-        rows = store._catalog.heads[0].rows
+        rows = store._view._catalog.heads[0].rows
         for field in store.schema.fields:
             assert by_zarr(store.path, 0, field.name).shape == (rows.max(), 3, *field.shape)
             path = store.path / "streams/000000" / field.name / "zarr.json"

@@ -36,12 +36,12 @@ def test_what_is_read_is_what_was_asked_for_ahead(tmp_path, monkeypatch):
         plain = store.read(numbers, window)
     assert asked == []
     with ReplayStore.open(tmp_path / "store") as store:
-        store._reader._foresight.is_on = store._reader._packed["observation"].from_disk = True
+        store._view._reader._foresight.is_on = store._view._reader._packed["observation"].from_disk = True
         ahead = store.read(numbers, window)
         for name in ("observation", "action", "reward", "next_observation", "terminated", "ids"):
             assert np.array_equal(getattr(plain, name), getattr(ahead, name))
         for name in ("action", "reward", "terminated", "truncated"):
-            rows = store._reader._flat[name].rows
+            rows = store._view._reader._flat[name].rows
             assert covered(rows.ctypes.data + plain.ids * rows.itemsize, asked)
     chunks = set(np.concatenate([numbers // 2, numbers // 2 + 1]).tolist())  # of two rows each
     assert len({start for start, nbytes in asked if nbytes == 16}) > len(chunks) // 2
@@ -65,7 +65,7 @@ def test_pages_of_a_store_on_disk_may_be_asked_for(num_envs, tmp_path, monkeypat
             )
     monkeypatch.setattr(Foresight, "note", lambda *_: None)
     with ReplayStore.open(tmp_path / "store") as store:
-        store._reader._foresight.is_on = store._reader._packed["observation"].from_disk = True
+        store._view._reader._foresight.is_on = store._view._reader._packed["observation"].from_disk = True
         batch = store.read(np.arange(len(store)))
         assert sorted(batch.action.tolist()) == sorted(list(range(20)) * num_envs)
 
