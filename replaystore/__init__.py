@@ -10,7 +10,13 @@ from replaystore.errors import (
     UsageError,
 )
 from replaystore.field import Field
+from replaystore.goals import Relabelled
+from replaystore.prioritized import Once, Prioritized
+from replaystore.sampler_file import load_sampler, save_sampler
+from replaystore.samplers import InOrder, Recent, Shuffled, Uniform
 from replaystore.schema import Schema
+from replaystore.sequences import Sequence, SequenceBatch, WholeEpisode
+from replaystore.stats import Cast, Normalize, Stats
 from replaystore.store import ReplayStore
 from replaystore.windows import Batch, Transition
 
@@ -18,15 +24,30 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "Cast",
     "ClosedError",
     "CommitError",
     "CorruptionError",
     "Field",
     "FormatError",
+    "InOrder",
+    "Normalize",
+    "Once",
+    "Prioritized",
+    "Recent",
+    "Relabelled",
     "ReplayStore",
     "ReplayStoreError",
     "Schema",
     "SchemaError",
+    "Sequence",
+    "SequenceBatch",
+    "Shuffled",
+    "Stats",
     "Transition",
+    "Uniform",
     "UsageError",
+    "WholeEpisode",
+    "load_sampler",
+    "save_sampler",
 ]

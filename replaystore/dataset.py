@@ -23,11 +23,13 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data import Sampler as TorchSampler
 
 from replaystore.errors import UsageError
+from replaystore.goals import Relabelled
 from replaystore.handover import Inbox, Outbox, Parcel, map_leaves
+from replaystore.reader import Allocate
 from replaystore.samplers import InOrder, Sampler, Shuffled, Uniform
 from replaystore.selection import Selection, check_sampler, check_window, item_of
 from replaystore.store import CACHE_BYTES, ReplayStore
-from replaystore.windows import Window
+from replaystore.windows import Transition, Window
 
 READ_AT_ONCE = 256  # items of the batches that are read together
 
@@ -40,6 +42,8 @@ class ReplayDataset(Dataset[Tensors]):
     `dataset[i]` is one item; `dataset.__getitems__(numbers)` a batch that was read at once. Keys
     are those of the window's batch, with the user's own fields beside them; Dict and Tuple spaces
     stay nested. `where`, a pyarrow expression, keeps only the episodes for which it holds.
+    `transform` gets the dict of tensors where it is read, with the items of several batches at once,
+    and returns one to take its place.
     `len(dataset)` stays as it is until `refresh()`.
     """
 
@@ -49,8 +53,12 @@ class ReplayDataset(Dataset[Tensors]):
         window: Window | None = None,
         *,
         where: pc.Expression | None = None,
+        transform: Callable[[Tensors], Tensors] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
+        if transform is not None and not callable(transform):
+            raise UsageError(f"transform: expected a function of a dict of tensors, got {transform!r}")
+        self._transform = transform
         self.window = check_window(window)
         self._path = os.path.abspath(path)
         self._where = where
@@ -145,16 +153,28 @@ class ReplayDataset(Dataset[Tensors]):
             numbers, weights = drawn.numbers, drawn.weights
         numbers = np.asarray(numbers)
         if get_worker_info() is None:
-            return Items(_named(self.selection.read(numbers, self.window, weights=weights)))
+            return Items(self._read(numbers, weights))
         self._outbox = self._outbox or Outbox()
         parcel = self._outbox.begin()
-        batch = self.selection.read(numbers, self.window, weights=weights, allocate=parcel.allocate)
-        arrays = _named(batch)
+        arrays = self._read(numbers, weights, parcel.allocate)
         return Items(arrays, parcel.filled(arrays))
 
     def batch(self, numbers: np.ndarray) -> Tensors:
         """Read items by number, as one dict of tensors with the batch first."""
-        return Items(_named(self.selection.read(numbers, self.window))).batch
+        return Items(self._read(numbers)).batch
+
+    def _read(
+        self, numbers: np.ndarray, weights: np.ndarray | None = None, allocate: Allocate | None = None
+    ) -> dict[str, Any]:
+        """Items by number as nested arrays, transformed."""
+        arrays = _named(self.selection.read(numbers, self.window, weights=weights, allocate=allocate))
+        if self._transform is None:
+            return arrays
+        batch = self._transform(map_leaves(arrays, torch.from_numpy))
+        if not isinstance(batch, dict) or "ids" not in batch:
+            raise UsageError(f"transform: expected it to return the dict of tensors, got {type(batch)}")
+        named: dict[str, Any] = map_leaves(batch, torch.Tensor.numpy)
+        return named
 
     def batches(
         self,
@@ -199,8 +219,9 @@ class ReplayDataset(Dataset[Tensors]):
         """
         if sampler is None and not shuffle:
             sampler = InOrder()
+        together = READ_AT_ONCE if isinstance(self.window, Transition | Relabelled) else 1
         batches = Batches(
-            self, batch_size, sampler=sampler, seed=seed, drop_last=drop_last, together=READ_AT_ONCE
+            self, batch_size, sampler=sampler, seed=seed, drop_last=drop_last, together=together
         )
         if isinstance(sampler, Shuffled):
             self.reserve(2 * sampler.pool)
@@ -290,7 +311,8 @@ class Batches(TorchSampler[Any]):
 
     def _agree(self) -> None:
         """Take over the commit, the sampler's state and the random numbers of rank 0."""
-        state = [self._dataset.state_dict(), self._sampler.state_dict(), self._rng.bit_generator.state]
+        state: list[Any] = [self._dataset.state_dict(), self._sampler.state_dict()]
+        state.append(self._rng.bit_generator.state)
         torch.distributed.broadcast_object_list(state)
         self._dataset.load_state_dict(state[0])
         self._sampler.load_state_dict(state[1])
@@ -364,10 +386,16 @@ class Batches(TorchSampler[Any]):
                 "pending": [(drawn.numbers, drawn.weights) for drawn in self._pending],
                 "share": (self._rank, self._ranks),
             }
-            return _map_state(state | self._dataset.state_dict(), np.ndarray, torch.tensor)
+            state |= self._dataset.state_dict()
+            kept: dict[str, Any] = _map_state(state, np.ndarray, torch.tensor)
+            return kept
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there at the next `iter`, on the items of that commit, however the store grew."""
+        expected = {"sampler", "rng", "pass", "pending", "share", "heads"}
+        if not isinstance(state, dict) or state.keys() != expected:
+            found = sorted(state) if isinstance(state, dict) else state
+            raise UsageError(f"loader: expected a state of {sorted(expected)}, got {found}")
         state = _map_state(state, torch.Tensor, torch.Tensor.numpy)
         if tuple(state["share"]) != (self._rank, self._ranks):
             raise UsageError(

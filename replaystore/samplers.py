@@ -41,7 +41,10 @@ class Sampler(abc.ABC):
         """Draw n items of an index that has some; an epoch that ends sooner gives fewer."""
 
     def probability(self, items: EpisodeIndex, numbers: np.ndarray) -> np.ndarray:
-        """The probability of each of these numbers in a draw of one item, float64."""
+        """The probability of each of these numbers in a draw of one item, float64.
+
+        With passes: in a draw at the beginning of one.
+        """
         raise UsageError(f"{type(self).__name__} cannot tell the probability of items that it did not draw")
 
     def begin(self) -> None:  # noqa: B027
@@ -168,7 +171,7 @@ class Recent(Sampler):
             raise UsageError(f"half_life: expected a number above 0, got {half_life!r}")
         self._fraction = fraction
         self._half_life = half_life
-        self._streams = Strata(lambda items, start: items.episodes(start)[0])
+        self._streams = Strata(_stream_of)
 
     def draw(self, items: EpisodeIndex, n: int, rng: np.random.Generator) -> Draw:
         streams = self._streams.of(items)
@@ -178,7 +181,9 @@ class Recent(Sampler):
         for at in np.unique(chosen):
             here = np.flatnonzero(chosen == at)
             ages = self._ages(int(lengths[at]), uniform[here])
-            numbers[here] = translate(streams[at], lengths[at] - 1 - ages, items)
+            mine = lengths[at] - 1 - ages
+            is_all = lengths[at] == len(items)  # and then numbered alike
+            numbers[here] = mine if is_all else translate(streams[at], mine, items)
             probabilities[here] = self._chances(int(lengths[at]), ages) * lengths[at] / lengths.sum()
         return Draw(numbers, probabilities)
 
@@ -203,7 +208,8 @@ class Recent(Sampler):
             return ages
         rate = np.log(2) / self._half_life
         ages = (-np.log1p(uniform * np.expm1(-rate * length)) / rate).astype(np.int64)
-        return np.minimum(ages, length - 1)
+        ages = np.minimum(ages, length - 1)
+        return ages
 
     def _chances(self, length: int, ages: np.ndarray) -> np.ndarray:
         """The probability of items of these ages among those of their stream."""
@@ -238,7 +244,7 @@ class _Epoch:
         return len(self._frozen) - self._position
 
     def draw(self, items: EpisodeIndex, n: int) -> Draw:
-        n = min(n, self.left(items))
+        n = min(int(n), self.left(items))
         frozen = self._frozen
         assert frozen is not None
         numbers = self._numbers(self._position, self._position + n)
@@ -294,6 +300,10 @@ def check_sampler_seed(seed: int | None) -> int:
     if type(seed) is not int or not 0 <= seed < 1 << 63:
         raise UsageError(f"seed: expected None or an int from 0 to 2^63 - 1, got {seed!r}")
     return seed
+
+
+def _stream_of(items: EpisodeIndex, start: int) -> np.ndarray:
+    return items.episodes(start)[0]
 
 
 def _is_number(value: Any) -> bool:

@@ -29,7 +29,6 @@ class Selection:
 
     def __init__(self, view: View) -> None:
         self._view = view
-        self._rng = np.random.default_rng()
 
     @property
     def schema(self) -> Any:
@@ -106,7 +105,7 @@ class Selection:
                 raise UsageError(
                     f"sample: expected at least one {item_of(window)}, {self._view.path} has none"
                 )
-            draw = sampler.draw(index, int(n), self._rng if rng is None else rng)
+            draw = sampler.draw(index, int(n), self._view.rng if rng is None else rng)
             return self._view.read(index.locate(draw.numbers), window, weights=draw.weights)
 
     def read(
@@ -202,10 +201,10 @@ class _Chosen(Selection):
         return self._indices[spacing]
 
     def _fill(self, index: EpisodeIndex) -> None:
-        for stream, head in self._view.heads.items():
-            index.set_width(stream, head.num_envs)
+        for number, head in self._view.heads.items():
+            index.set_width(number, head.num_envs)
         table = self._from.select(["stream", "env", "first_row", "length"]).filter(self._holds)
-        stream, env, first, length = (integers(table, name) for name in table.column_names)
+        stream, env, first, length = [integers(table, name) for name in table.column_names]
         is_open = np.isin(np.flatnonzero(self._holds.to_numpy()), self._open_in)
         closed = ~is_open
         index.append(stream[closed], env[closed], first[closed], length[closed])

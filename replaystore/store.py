@@ -7,7 +7,6 @@ opened for writing, the writer of one stream.
 import itertools
 import json
 import os
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -305,18 +304,13 @@ class ReplayStore(Selection):
         if self._view.is_closed:
             raise ClosedError(f"{self.path}: the store is closed")
 
-    def _after_fork(self) -> None:
-        self._view.lock = threading.RLock()
-        if self._view.writer is not None:
-            self._view.writer.abandon()
-
 
 _stores: "weakref.WeakSet[ReplayStore]" = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
     for store in list(_stores):
-        store._after_fork()
+        store._view.after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -33,6 +33,7 @@ class View:
         self.path = path
         self.schema = schema
         self.lock = threading.RLock()
+        self.rng = np.random.default_rng()  # of those who bring none
         self.writer: StreamWriter | None = None
         self.is_closed = False
         self._cache_bytes = cache_bytes
@@ -142,6 +143,13 @@ class View:
                 self._tail = Tail(self.writer.number, self.writer.floor_of(head), self.writer.ring)
             self._shown = state
         self._is_behind = False
+
+    def after_fork(self) -> None:
+        """In a forked child: another thread may have held the locks, the generator's among them."""
+        self.lock = threading.RLock()
+        self.rng = np.random.default_rng()
+        if self.writer is not None:
+            self.writer.abandon()
 
     def check(self) -> None:
         """Raise at the first thing that is wrong: sizes, heads, growing files, the index."""

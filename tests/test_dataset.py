@@ -117,7 +117,9 @@ def test_item_is_counted_from_the_end_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("workers", "context"), [(0, None), (2, "fork"), (2, "spawn")], ids=["no worker", "fork", "spawn"]
+    ("workers", "context"),
+    [(0, None), (2, "fork"), (2, "spawn"), (2, "forkserver")],
+    ids=["no worker", "fork", "spawn", "forkserver"],
 )
 def test_epoch_visits_each_transition_once_and_batches_are_what_the_store_reads(workers, context, tmp_path):
     path = write_episodes(tmp_path / "store", *SPACES["nested"])
@@ -302,3 +304,24 @@ def test_fields_of_other_dtypes_become_tensors_of_them(tmp_path):
             name: f"torch.{name}" for name in names
         }
         assert all(tensor[0].tolist() == [1, 0] for tensor in batch["x"].values())
+
+
+def double_rewards(batch):
+    return batch | {"reward": batch["reward"] * 2}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_transform_is_applied_to_every_batch(workers, tmp_path):
+    path = write_episodes(tmp_path / "store")
+    plain, doubled = ReplayDataset(path), ReplayDataset(path, transform=double_rewards)
+    assert torch.equal(doubled[3]["reward"], 2 * plain[3]["reward"])
+    batches = zip(plain.loader(8, seed=1), doubled.loader(8, seed=1, num_workers=workers), strict=True)
+    for before, after in batches:
+        assert_same(after, double_rewards(before))
+
+
+@pytest.mark.parametrize(("transform", "message"), [(5, "expected a function"), (len, "return the dict of")])
+def test_what_is_no_transform_is_refused(transform, message, tmp_path):
+    path = write_episodes(tmp_path / "store")
+    with pytest.raises(UsageError, match=message):
+        ReplayDataset(path, transform=transform).batch(np.arange(3))
