@@ -11,6 +11,8 @@ from replaystore.errors import (
 )
 from replaystore.field import Field
 from replaystore.goals import Relabelled
+from replaystore.limiter import SamplesPerInsert
+from replaystore.mixtures import Mixed, MixedStores, Stratified
 from replaystore.prioritized import Once, Prioritized
 from replaystore.sampler_file import load_sampler, save_sampler
 from replaystore.samplers import InOrder, Recent, Shuffled, Uniform
@@ -32,6 +34,8 @@ __all__ = [
     "FormatError",
     "InOrder",
     "Normalize",
+    "Mixed",
+    "MixedStores",
     "Once",
     "Prioritized",
     "Recent",
@@ -39,11 +43,13 @@ __all__ = [
     "ReplayStore",
     "ReplayStoreError",
     "Schema",
+    "SamplesPerInsert",
     "SchemaError",
     "Sequence",
     "SequenceBatch",
     "Shuffled",
     "Stats",
+    "Stratified",
     "Transition",
     "Uniform",
     "UsageError",

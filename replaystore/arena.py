@@ -21,10 +21,9 @@ from replaystore.head import HEAD, Head, decode_head, read_head
 from replaystore.packed import Shard, open_shard
 from replaystore.schema import Schema
 
-SLICE_ROWS = 160  # decoded and gathered while in the processor's cache: 32 items of five frames
 SCRATCH_BYTES = 1 << 21  # decoded at a time where there is no cache; fits the processor's
 MIN_SCRATCH = 4  # chunks
-MIN_CACHE = 2 * SLICE_ROWS + 1  # chunks: a slice's may all be missing
+MIN_CACHE = 100  # chunks, below which a cache is not worth its bookkeeping
 PIECE_ROWS = 4096  # prepared at once
 MAX_SHARDS = 8192  # mapped at once, of the 65,530 maps that Linux allows a process
 ONLY = np.zeros(1, np.int64)
@@ -116,14 +115,12 @@ class PackedColumn:
 
     def take(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
         """Gather rows by chunk number and row within the chunk: all of one length, flat."""
+        take_piece = self._take_cached if self._is_cache else self._take_piece
         for start in range(0, len(chunks), PIECE_ROWS):
             piece = slice(start, start + PIECE_ROWS)
-            self._take_piece(chunks[piece], within[piece], out[piece])
+            take_piece(chunks[piece], within[piece], out[piece])
 
     def _take_piece(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
-        if self._is_cache:
-            self._take_cached(chunks, within, out)
-            return
         runs, many = _runs(chunks), len(self._holds)
         wanted = ((np.maximum.reduceat(within, runs.first) + 1) * self._field.row_nbytes).tolist()
         frames, rows = self._find(runs.chunk), runs.run % many * self._field.chunk_rows + within
@@ -134,43 +131,35 @@ class PackedColumn:
             self._arena.take(rows[part], axis=0, out=out[part], mode="clip")
 
     def _take_cached(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
-        size = self._field.chunk_rows
-        if (held := self._slots.take(chunks)).all():
-            rows = (held.astype(np.int64) - 1) * size + within
-            self._arena.take(rows, axis=0, out=out, mode="clip")
-            return
-        runs = _runs(chunks)
-        slots = self._slots.take(runs.chunk).astype(np.int64) - 1
-        ahead = (slots - self._hand) % len(self._holds)  # decoded over before long, if small
-        missing = np.flatnonzero((slots < 0) | (ahead < len(slots)))
-        slots[missing] = (self._hand + np.arange(len(missing))) % len(self._holds)
-        frames = self._find(runs.chunk[missing])
-        self._claim(slots[missing])
-        targets = (self._arena.ctypes.data + slots[missing] * self._field.chunk_nbytes).tolist()
-        whole = [self._field.chunk_nbytes] * len(missing)
-        rows, done = slots.take(runs.run) * size + within, 0
-        for start in range(0, len(chunks), SLICE_ROWS):
-            stop = min(start + SLICE_ROWS, len(chunks))
-            upto = int(missing.searchsorted(runs.run[stop - 1], side="right"))
-            if upto > done:
-                self._decode(frames, targets[done:upto], whole, (done, upto), runs.chunk[missing])
-            done = upto
-            self._arena.take(rows[start:stop], axis=0, out=out[start:stop], mode="clip")
-        self._settle(slots[missing], runs.chunk[missing])
+        held = self._slots.take(chunks)
+        if not held.all():
+            needed = np.unique(chunks)
+            if len(needed) > len(self._holds):
+                half = len(chunks) // 2
+                self._take_cached(chunks[:half], within[:half], out[:half])
+                self._take_cached(chunks[half:], within[half:], out[half:])
+                return
+            self._fetch(needed)
+            held = self._slots.take(chunks)
+        rows = (held.astype(np.int64) - 1) * self._field.chunk_rows + within
+        self._arena.take(rows, axis=0, out=out, mode="clip")
 
-    def _claim(self, slots: np.ndarray) -> None:
-        """Forget what is in slots that are about to be decoded into."""
+    def _fetch(self, needed: np.ndarray) -> None:
+        """Decode those of distinct chunks that are missing, over the oldest that are not needed."""
+        slots = self._slots.take(needed).astype(np.int64) - 1
+        missing = needed[slots < 0]
+        oldest = (self._hand + np.arange(len(needed))) % len(self._holds)
+        slots = oldest[~np.isin(oldest, slots)][: len(missing)]
+        frames = self._find(missing)
         held = self._holds[slots]
         self._slots[held[self._slots[held] == slots + 1]] = 0
         self._holds[slots] = NOTHING
-
-    def _settle(self, slots: np.ndarray, chunks: np.ndarray) -> None:
-        """Say what is in the slots now; of those that were used twice, the last."""
-        slots, chunks = (each[-len(self._holds) :] for each in (slots, chunks))
-        self._holds[slots] = chunks
-        self._slots[chunks] = slots + 1
-        if len(slots):
-            self._hand = int(slots[-1] + 1) % len(self._holds)
+        targets = (self._arena.ctypes.data + slots * self._field.chunk_nbytes).tolist()
+        whole = [self._field.chunk_nbytes] * len(missing)
+        self._decode(frames, targets, whole, (0, len(missing)), missing)
+        self._holds[slots] = missing
+        self._slots[missing] = slots + 1
+        self._hand = int(slots[-1] + 1) % len(self._holds)
 
     def _decode(
         self, frames: Frames, targets: list[int], wanted: list[int], part: tuple[int, int], chunks: np.ndarray

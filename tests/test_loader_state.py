@@ -1,0 +1,269 @@
+"""A loader that is stopped in mid-pass goes on as if it had not been, here and on several ranks."""
+
+import io
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+import torch
+import torch.multiprocessing
+from growing import Actors, add_stream, schema
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from replaystore import Field, ReplayStore, Schema, Transition, UsageError
+from replaystore.dataset import ReplayDataset
+from replaystore.mixtures import Mixed, Stratified
+from replaystore.prioritized import Once, Prioritized
+from replaystore.samplers import InOrder, Recent, Shuffled, Uniform
+
+SAMPLERS = {
+    "default": lambda dataset: None,
+    "uniform": lambda dataset: Uniform(),
+    "epoch": lambda dataset: Uniform(replace=False, seed=3),
+    "shuffled": lambda dataset: Shuffled(pool=64, run=16, seed=3),
+    "in order": lambda dataset: InOrder(),
+    "recent": lambda dataset: Recent(half_life=100),
+    "prioritized": lambda dataset: Prioritized(),
+    "once": lambda dataset: Once(draws=2),
+    "mixed": lambda dataset: Mixed([(Uniform(), 1), (Shuffled(pool=16, run=4, seed=1), 2)]),
+    "stratified": lambda dataset: Stratified(dataset, {0: 1, None: 1}, by="stream", stand_in=True),
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Two streams, 910 transitions."""
+    count = add_stream(tmp_path / "store", 270, num_envs=3, level=1)
+    add_stream(tmp_path / "store", 100, first=count, seed=1, level=2)
+    return tmp_path / "store"
+
+
+def kept(state):
+    """A state as it comes back from a file that is not trusted."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def ids(batches):
+    return [batch["ids"].tolist() for batch in batches]
+
+
+def stop_and_go(make, stop, *, then=lambda: None, passes=1):
+    """The batches from `stop` on of a loader that was not stopped, and of one that was; and the state."""
+    loader = make()
+    for _ in range(passes - 1):
+        list(loader)
+    batches, state = iter(loader), None
+    for _ in range(stop):
+        next(batches)
+    state = kept(loader.state_dict())
+    expected = ids(batches)
+    expected += ids(loader)  # and the next pass
+    then()
+    again = make()
+    again.load_state_dict(state)
+    return expected, ids(again) + ids(again)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("batch_size", [7, 32, 256, 300])
+def test_loader_goes_on_with_the_same_batches(kind, batch_size, path):
+    def make():
+        dataset = ReplayDataset(path)
+        return dataset.loader(batch_size, sampler=SAMPLERS[kind](dataset), seed=1)
+
+    for stop, passes in [(0, 1), (1, 1), (2, 1 if kind == "once" else 2), (3, 1)]:
+        expected, found = stop_and_go(make, stop, passes=passes)
+        assert found == expected
+        assert sum(map(len, expected)) > 910
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_workers": 2},
+        {"num_workers": 2, "persistent_workers": True},
+        {"read_ahead": True},
+        {"num_workers": 1, "read_ahead": True},
+        {"drop_last": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["default", "shuffled", "stratified", "prioritized"])
+def test_loader_goes_on_whoever_reads(kind, options, path):
+    def make():
+        dataset = ReplayDataset(path, Transition(n_step=2), where=pc.field("length") > 2)
+        return dataset.loader(30, sampler=SAMPLERS[kind](dataset), seed=1, **options)
+
+    expected, found = stop_and_go(make, 5)
+    assert found == expected
+
+
+def test_state_is_the_same_whoever_reads(path):
+    states = []
+    for options in ({}, {"num_workers": 2}, {"read_ahead": True}):
+        loader = ReplayDataset(path).loader(20, seed=1, **options)
+        batches = iter(loader)
+        for _ in range(14):
+            next(batches)
+        again = ReplayDataset(path).loader(20, seed=9, num_workers=1)
+        again.load_state_dict(kept(loader.state_dict()))
+        states.append(ids(again))
+        del batches
+    assert states[0] == states[1] == states[2]
+    assert len(states[0]) == 46 - 14
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers"), [*((kind, 0) for kind in SAMPLERS), ("default", 2), ("shuffled", 2)]
+)
+def test_loader_goes_on_after_the_store_grew_also_in_open_episodes(kind, workers, tmp_path):
+    with ReplayStore.create(tmp_path / "store", schema(), 3) as store:
+        actors = Actors(store, 3)
+        actors.step(150)
+        store.flush()
+        assert store.items(Transition()).num_episodes > store.items(Transition()).num_closed
+
+        def make():
+            dataset = ReplayDataset(tmp_path / "store")
+            return dataset.loader(16, sampler=SAMPLERS[kind](dataset), seed=1, num_workers=workers)
+
+        def grow():
+            actors.step(100)
+            store.flush()
+            add_stream(tmp_path / "store", 20, num_envs=2, seed=5)
+
+        expected, found = stop_and_go(make, 9, then=grow)
+        assert found == expected
+
+
+def test_loader_goes_on_after_shards_were_repacked(tmp_path):
+    fields = [Field("observation", (32, 32), "uint8", chunk_rows=2), *schema().fields[1:]]
+    images = Schema(fields, columns={"level": "int64"}, shard_chunks=4)
+
+    def write(store, start, episodes):
+        for number in range(start, start + 5 * episodes, 5):
+            numbers = np.arange(number, number + 6, dtype=np.uint8)
+            store.add_episode(
+                observation=np.broadcast_to(numbers[:, None, None], (6, 32, 32)).copy(),
+                action=np.arange(number, number + 5),
+                reward=np.zeros(5),
+                terminated=np.arange(5) == 4,
+                truncated=np.zeros(5, bool),
+            )
+            store.flush()
+
+    with ReplayStore.create(tmp_path / "store", images) as store:
+        write(store, 0, 5)
+        loader = ReplayDataset(tmp_path / "store").loader(4, seed=0)
+        batches = iter(loader)
+        next(batches)
+        state = kept(loader.state_dict())
+        expected = [batch["observation"] for batch in batches]
+        write(store, 25, 20)
+    again = ReplayDataset(tmp_path / "store").loader(4, seed=3)
+    again.load_state_dict(state)
+    found = [batch["observation"] for batch in again]
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_state_between_passes_begins_the_next_one(path):
+    loader = ReplayDataset(path).loader(100, seed=0)
+    states = [kept(loader.state_dict())]
+    list(loader)
+    states.append(kept(loader.state_dict()))
+    expected = ids(loader)
+    for state, number in zip(states, (0, 1), strict=True):
+        again = ReplayDataset(path).loader(100, seed=0 if number == 0 else 5)
+        again.load_state_dict(state)
+        found = ids(again)
+        assert len(found) == 10
+        assert (found == expected) == (number == 1)
+
+
+def test_state_in_the_body_of_the_last_turn_has_nothing_left_of_the_pass(path):
+    loader = ReplayDataset(path).loader(100, seed=0)
+    for _ in loader:
+        state = kept(loader.state_dict())
+    again = ReplayDataset(path).loader(100, seed=0)
+    again.load_state_dict(state)
+    assert ids(again) == []
+    assert ids(again) == ids(loader)
+
+
+def test_state_of_another_rank_or_sampler_is_refused(path):
+    loader = ReplayDataset(path).loader(100)
+    state = loader.state_dict()
+    with pytest.raises(UsageError, match="expected that of rank 0 of 1, got"):
+        loader.load_state_dict(state | {"share": (1, 2)})
+    with pytest.raises(UsageError, match="Uniform: expected a state of"):
+        ReplayDataset(path).loader(100, sampler=Uniform()).load_state_dict(state)
+    with pytest.raises(UsageError, match="loader: expected a state of"):
+        loader.load_state_dict({"sampler": {}})
+
+
+# ---- torchdata
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls what torch renamed
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["default", "shuffled", "uniform", "stratified"])
+@pytest.mark.parametrize("stop", [1, 5, 10])
+def test_stateful_loader_of_torchdata_goes_on(kind, workers, stop, path):
+    def make():
+        dataset = ReplayDataset(path)
+        batches = dataset.batches(100, SAMPLERS[kind](dataset), seed=1)
+        collate = dataset.collate_fn()
+        return StatefulDataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+
+    def grow():
+        add_stream(path, 50, num_envs=3, seed=7)
+
+    expected, found = stop_and_go(make, stop, then=grow)
+    assert found == expected
+    assert len(expected) == 10 - stop + 10
+
+
+# ---- torch.distributed
+
+
+SAMPLERS_OF_RANKS = {  # without seeds: the ranks have to agree
+    "default": lambda: None,
+    "shuffled": lambda: Shuffled(pool=64, run=16),
+    "uniform": Uniform,
+}
+
+
+def rank_of_two(rank, path, folder, kind):
+    """One rank: its batches of two passes, stopped in the first, kept in a file."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous-{kind}", rank=rank, world_size=2
+    )
+    dataset = ReplayDataset(path)
+    make = SAMPLERS_OF_RANKS[kind]
+    loader = dataset.loader(32, sampler=make())
+    batches = iter(loader)
+    first = [next(batches)["ids"].tolist() for _ in range(5)]
+    state = kept(loader.state_dict())
+    rest = ids(batches)
+    again = ReplayDataset(path).loader(32, sampler=make())
+    again.load_state_dict(state)
+    assert ids(again) == rest
+    torch.save([first + rest, ids(again), len(loader)], f"{folder}/{kind}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", SAMPLERS_OF_RANKS)
+def test_ranks_share_a_pass_without_overlap(kind, path, tmp_path):
+    add_stream(path, 1, seed=3)  # 911 transitions: one is left over
+    torch.multiprocessing.spawn(rank_of_two, (str(path), str(tmp_path), kind), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{kind}-{rank}") for rank in range(2))
+    for one, other in zip(first[:2], second[:2], strict=True):
+        assert [len(batch) for batch in one] == [len(batch) for batch in other]
+        assert len(one) == first[2] == second[2]
+        both = [each for batch in one + other for each in batch]
+        assert len(both) == 910
+        assert len(set(both)) == 910 or kind == "uniform"
+    assert first[0] != first[1]
