@@ -47,12 +47,14 @@ LAYER = {
     "selection": 9,
     "store": 10,
     "mixtures": 10,
-    "dataset": 11,
+    "batches": 10,
+    "loader": 11,
+    "dataset": 12,
     "spaces": 11,
     "recorder": 12,
-    "bench": 12,
-    "cli": 13,
-    "__init__": 14,
+    "bench": 13,
+    "cli": 14,
+    "__init__": 15,
 }
 
 
