@@ -8,6 +8,7 @@ up to the last one needed are decoded, unless the arena keeps it.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ SCRATCH_BYTES = 1 << 21  # decoded at a time where there is no cache; fits the p
 MIN_SCRATCH = 4  # chunks
 MIN_CACHE = 100  # chunks, below which a cache is not worth its bookkeeping
 PIECE_ROWS = 4096  # prepared at once
+MAX_COPIED = 4096  # indices of shards kept in memory, so that they are read from disk but once
 MAX_SHARDS = 8192  # mapped at once, of the 65,530 maps that Linux allows a process
 ONLY = np.zeros(1, np.int64)
 NOTHING = -1  # in a slot; as an index, the last entry, which no chunk has
@@ -179,7 +181,7 @@ class PackedColumn:
         if not self._start.take(shard).all():
             self._open_shards(np.unique(shard[self._start[shard] == 0]), np.unique(shard))
         places = self._index.take(shard) + 16 * number
-        if self.from_disk:
+        if self.from_disk and len(self._shards) > MAX_COPIED:
             prefetch(places, np.full(len(places), 16))
         entries = places[:, None] + np.arange(16)
         offset, nbytes = memory().take(entries - MEMORY_START).view("<i8").T
@@ -219,6 +221,8 @@ class PackedColumn:
             unopened = all_needed
         for shard in unopened.tolist():
             opened = self._open(shard)
+            if len(self._shards) < MAX_COPIED:
+                opened = replace(opened, index=opened.index.copy())
             self._shards[shard] = opened
             self._index[shard] = opened.index.ctypes.data
             self._nbytes[shard] = len(opened.data)
