@@ -18,8 +18,9 @@ from replaystore.sampler_file import load_sampler, save_sampler
 from replaystore.samplers import InOrder, Recent, Shuffled, Uniform
 from replaystore.schema import Schema
 from replaystore.sequences import Sequence, SequenceBatch, WholeEpisode
-from replaystore.stats import Cast, Normalize, Stats
+from replaystore.stats import Stats
 from replaystore.store import ReplayStore
+from replaystore.transforms import Cast, Normalize
 from replaystore.windows import Batch, Transition
 
 __version__ = "0.1.0"

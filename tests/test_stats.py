@@ -12,10 +12,10 @@ import torch
 from test_sequences import nested_schema, record, tuple_schema
 
 import replaystore.stats
-from replaystore import Field, ReplayStore, Schema, Transition, UsageError
+from replaystore import Cast, Field, Normalize, ReplayStore, Schema, Transition, UsageError
 from replaystore.dataset import ReplayDataset
 from replaystore.sequences import Sequence
-from replaystore.stats import LEVELS, PARTS, Cast, Normalize
+from replaystore.stats import LEVELS, PARTS
 from replaystore.verify import verify
 
 FLAGS = (Field("terminated", (), "bool"), Field("truncated", (), "bool"))
