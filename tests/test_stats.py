@@ -12,6 +12,7 @@ import torch
 from test_sequences import nested_schema, record, tuple_schema
 
 import replaystore.stats
+import replaystore.transforms
 from replaystore import Cast, Field, Normalize, ReplayStore, Schema, Transition, UsageError
 from replaystore.dataset import ReplayDataset
 from replaystore.sequences import Sequence
@@ -331,7 +332,7 @@ def test_cast_takes_a_field_or_all_below_a_name(nested):
     assert (batch.action[0] == store.read(np.arange(5)).action[0]).all()
 
 
-@pytest.mark.parametrize("dtype", replaystore.stats._TENSOR_METHODS)
+@pytest.mark.parametrize("dtype", replaystore.transforms._TENSOR_METHODS)
 def test_cast_gives_the_dtype_that_was_asked_for(dtype):
     cast = Cast({"x": dtype})
     assert cast({"x": np.arange(3)})["x"].dtype == np.dtype(dtype)
