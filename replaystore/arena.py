@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from replaystore.codec import ChunkCodec, DamagedChunk, Frames
-from replaystore.errors import CorruptionError
+from replaystore.errors import CorruptionError, SnapshotExpired
 from replaystore.field import Field
 from replaystore.files import MEMORY_START, chunk_path, memory, prefetch
 from replaystore.head import HEAD, Head, decode_head, read_head
@@ -102,6 +102,8 @@ class PackedColumn:
         self._slots = np.zeros(rows // size + 1, np.int32)
         self._holds[:] = NOTHING
         self._forget_shards(sum(counts))
+        for stream in spaces:
+            self._hold_shards(stream)
 
     def update(self, stream: int, space: StreamSpace, old: Head) -> None:
         """Forget the shards and the unfinished chunks that a newer commit changed."""
@@ -114,6 +116,20 @@ class PackedColumn:
         rows = old.field_rows(self._schema, name)
         chunks = space.base // size + rows // size * old.num_envs + np.arange(old.num_envs)
         self._slots[chunks[rows % size != 0]] = 0
+        self._hold_shards(stream)
+
+    def _hold_shards(self, stream: int) -> None:
+        """Map at once what may be evicted, so that a reader has it for as long as it shows the commit."""
+        head = self._spaces[stream].head
+        if head.evicted is None:
+            return
+        numbers = (
+            np.fromiter(head.files[self._field.name], np.int64)
+            + self._first_shard[self._streams.index(stream)]
+        )
+        unopened = numbers[self._start[numbers] == 0]
+        if len(self._shards) + len(unopened) <= MAX_SHARDS:
+            self._open_shards(unopened, unopened)
 
     def take(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
         """Gather rows by chunk number and row within the chunk: all of one length, flat."""
@@ -240,8 +256,20 @@ class PackedColumn:
                 newest = self._newest_head(stream)
                 if newest.commit <= head.commit:
                     raise
+                check_there(path, newest, name, number)
                 head = newest  # its writer has repacked the shard since
 
     def _newest_head(self, stream: int) -> Head:
-        path = stream_path(self._root, stream)
-        return decode_head(read_head(path), self._schema, path / HEAD)
+        return newest_head(self._root, stream, self._schema)
+
+
+def newest_head(root: Path, stream: int, schema: Schema) -> Head:
+    """The head of a stream on disk."""
+    path = stream_path(root, stream)
+    return decode_head(read_head(path), schema, path / HEAD)
+
+
+def check_there(path: Path, newest: Head, name: str, number: int) -> None:
+    """Raise `SnapshotExpired` if the newest head does not name a field's file any more."""
+    if number not in newest.files[name]:
+        raise SnapshotExpired(f"{path}: the file was evicted since this commit: refresh() to a newer one")

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from replaystore.arena import stream_path
-from replaystore.episodes import episode_schema, integers, open_part, part_path
-from replaystore.errors import CorruptionError, StoreGone
-from replaystore.files import list_directory
+from replaystore.episodes import above, episode_schema, integers, open_part, part_path
+from replaystore.errors import CorruptionError, SnapshotExpired, StoreGone
+from replaystore.files import FileState, list_directory
 from replaystore.head import (
     HEAD,
     Head,
@@ -38,7 +38,7 @@ class Catalog:
         self._root = root
         self._schema = schema
         self._table = episode_schema(schema)
-        self._parts: dict[int, list[pa.Table]] = {}
+        self._parts: dict[int, dict[int, pa.Table]] = {}  # by stream and number
         self._open_elsewhere: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
         self._indexed: dict[int, tuple[int, int]] = {}  # by stream: parts, and episodes since
 
@@ -125,11 +125,32 @@ class Catalog:
             if self._loaded.get(stream) != raw and not self._owns(stream)
         }
 
-    def take(self, heads: Mapping[int, Head], data: Mapping[int, bytes]) -> None:
-        """Take over heads, and index their episodes."""
+    def goes_on(self, heads: Mapping[int, Head]) -> bool:
+        """Whether these heads have all episodes of those shown: not if their stream went back meanwhile."""
+        return all(self._goes_on(stream, head) for stream, head in heads.items() if stream in self.heads)
+
+    def _goes_on(self, stream: int, head: Head) -> bool:
+        path = stream_path(self._root, stream)
+        try:
+            return has_all_of(path, head, self.heads[stream], self._table)
+        except CorruptionError as error:
+            self._check_parts_there(path, head, error)
+            raise
+
+    def take(
+        self, heads: Mapping[int, Head], data: Mapping[int, bytes], order: np.ndarray | None = None
+    ) -> None:
+        """Take over heads, and index their episodes, stream by stream.
+
+        In an index that is empty the first ones come as `order` says: the streams of closed episodes.
+        """
         parts = {stream: self._open_parts(stream, head) for stream, head in heads.items()}
         for stream, head in heads.items():
             self.index.set_width(stream, head.num_envs)
+            self.index.evict(stream, head.floor)
+        if order is not None:
+            self._index_in_order(heads, parts, order)
+        for stream, head in heads.items():
             self._index_head(stream, head, parts[stream])
         self.heads |= heads
         self._loaded |= {stream: data[stream] for stream in heads}
@@ -152,6 +173,7 @@ class Catalog:
             changed = {writer.number: writer.head}
             self.heads |= changed
             self._open_parts(writer.number, writer.head)
+            self.index.evict(writer.number, writer.head.floor)
         ended = writer.take_ended()
         if len(ended.env):
             self.index.append(writer.number, *ended)
@@ -168,21 +190,64 @@ class Catalog:
 
     def _index_head(self, stream: int, head: Head, parts: list[pa.Table]) -> None:
         done_parts, done_episodes = self._indexed.get(stream, (0, 0))
-        for number in range(done_parts, len(parts)):
+        tables = [*parts, head.episodes]
+        start = head.closed - sum(map(len, tables))
+        for number, table in enumerate(tables, start=head.first_part):
             skip = done_episodes if number == done_parts else 0
-            self.index.append(stream, *_places(parts[number].slice(skip)))
-        skip = done_episodes if done_parts == len(parts) else 0
-        self.index.append(stream, *_places(head.episodes.slice(skip)))
-        self._indexed[stream] = len(parts), len(head.episodes)
+            if number >= done_parts:
+                before = None if head.evicted is None else {stream: start + skip}
+                self.index.append(stream, *_places(table.slice(skip)), before=before)
+            start += len(table)
+        self._indexed[stream] = head.next_part, len(head.episodes)
+
+    def _index_in_order(
+        self, heads: Mapping[int, Head], parts: Mapping[int, list[pa.Table]], order: np.ndarray
+    ) -> None:
+        """Index all closed episodes, of streams in this order."""
+        assert not self._indexed, self._indexed
+        tables = {
+            stream: pa.concat_tables([*parts[stream], heads[stream].episodes]) for stream in sorted(heads)
+        }
+        for stream, table in tables.items():
+            if heads[stream].evicted is not None:
+                order = _fitted(order, stream, len(table))
+        counts = [len(table) for table in tables.values()]
+        by_stream = np.argsort(order, kind="stable")
+        assert np.array_equal(order[by_stream], np.repeat(sorted(heads), counts)), (counts, order)
+        columns = []
+        for values in zip(*map(_places, tables.values()), strict=True):
+            column = np.empty(len(order), np.int64)
+            column[by_stream] = np.concatenate(values)
+            columns.append(column)
+        bounded = {stream: head for stream, head in heads.items() if head.evicted is not None}
+        before = {stream: head.closed - len(tables[stream]) for stream, head in bounded.items()}
+        self.index.append(order, *columns, before=before)
+        self._indexed = {stream: (head.next_part, len(head.episodes)) for stream, head in heads.items()}
 
     def _open_parts(self, stream: int, head: Head) -> list[pa.Table]:
-        parts = self._parts.setdefault(stream, [])
-        path = stream_path(self._root, stream)
-        for state in head.parts[len(parts) :]:
-            part = open_part(path, state, self._table)
-            check_episodes(part, head, part_path(path, state.number))
-            parts.append(part)
-        return parts
+        """The sealed parts that are left, in order."""
+        known, path = self._parts.get(stream, {}), stream_path(self._root, stream)
+        parts = {}
+        for state in head.parts:
+            if state.number not in known:
+                part = self._open_part(path, head, state)
+                check_episodes(part, head, part_path(path, state.number))
+                known = known | {state.number: part}
+            parts[state.number] = known[state.number]
+        self._parts[stream] = parts
+        return list(parts.values())
+
+    def _open_part(self, path: Path, head: Head, state: FileState) -> pa.Table:
+        try:
+            return open_part(path, state, self._table)
+        except CorruptionError as error:
+            self._check_parts_there(path, head, error)
+            raise
+
+    def _check_parts_there(self, path: Path, head: Head, error: CorruptionError) -> None:
+        """Raise `SnapshotExpired` if parts of the index that a head names were evicted since."""
+        if decode_head(read_head(path), self._schema, path / HEAD).first_part > head.first_part:
+            raise SnapshotExpired(f"{path}: commit {head.commit} was evicted: refresh()") from error
 
     def _index_open(self) -> None:
         others = [stream for stream in self.heads if not self._owns(stream)]
@@ -196,7 +261,31 @@ class Catalog:
             newest = self.writer.uncommitted()
         else:
             newest = head.open.filter(pa.array(integers(head.open, "length") > 0))
-        return _with_stream(pa.concat_tables([*self._parts[stream], head.episodes, newest]), stream)
+        table = pa.concat_tables([*self._parts[stream].values(), head.episodes, newest])
+        return _with_stream(above(table, head.floor), stream)
+
+
+def has_all_of(path: Path, head: Head, older: Head, table: pa.Schema) -> bool:
+    """Whether a stream's head has the closed episodes of an older one, and has them first.
+
+    Of those that were evicted since nothing is asked.
+    """
+    parts = {part.number: part for part in head.parts}
+    if any(parts.get(part.number) != part for part in older.parts if part.number >= head.first_part):
+        return False
+    number = older.next_part
+    if number < head.first_part:
+        return True
+    following = open_part(path, parts[number], table) if number in parts else head.episodes
+    same: bool = following.slice(0, len(older.episodes)).equals(older.episodes)
+    return same
+
+
+def _fitted(order: np.ndarray, stream: int, count: int) -> np.ndarray:
+    """The order with so many episodes of a stream, more or fewer of them at its beginning."""
+    here = np.flatnonzero(order == stream)
+    rest = np.delete(order, here[: max(0, len(here) - count)])
+    return np.concatenate([np.full(max(0, count - len(here)), stream), rest])
 
 
 def _places(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -3,35 +3,58 @@
 `StreamCommitter.commit` is where rows become durable: array lengths, data and index parts are
 written and synced, and only then the head that names them is replaced. Nothing is taken over in
 memory before that, so that after a failure the same commit can be done again from the start.
+
+`StreamCommitter.evict` goes the other way: first a head that names less; when it is durable,
+`remove_evicted` removes the files that it no longer names, or the next writer does after a crash.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from replaystore.codec import ChunkCodec
-from replaystore.episodes import PART_EPISODES, Episode, episode_schema, episode_table, write_part
-from replaystore.files import FileState, make_parents, sweep_partials, write_atomic
+from replaystore.episodes import (
+    PART_EPISODES,
+    Episode,
+    episode_schema,
+    episode_table,
+    open_part,
+    write_part,
+)
+from replaystore.files import (
+    FileState,
+    list_directory,
+    make_parents,
+    remove,
+    remove_tree,
+    sweep_partials,
+    write_atomic,
+)
 from replaystore.flat import FlatState, FlatWriter
-from replaystore.head import Head, forget_older_heads, write_head
+from replaystore.head import Evicted, Head, forget_older_heads, write_head
 from replaystore.metadata import render_array, render_group
 from replaystore.packed import PackedWriter, ShardState
 from replaystore.ring import Ring
 from replaystore.schema import Schema
+from replaystore.spans import Spans
 
 DEAD_BYTES = 1 << 20  # of an open shard, beside as many as are live, before it is repacked
 
 
 class Pending(NamedTuple):
-    """What a commit adds: rows per environment, episodes closed since the last, open ones."""
+    """What a commit adds: rows per environment, episodes closed since the last, open ones.
+
+    With `base` they are added to the episodes of that older head, and all later ones are dropped.
+    """
 
     rows: np.ndarray
     closed: list[Episode]
     open: list[Episode]
+    base: Head | None = None
 
 
 class StreamCommitter:
@@ -63,6 +86,8 @@ class StreamCommitter:
                 )
                 flat.resume(int(rows.min()), int(rows.max()))
                 self._flat[field.name] = flat
+        self._spans: Spans | None = None  # read when they are asked for
+        self.remove_evicted()
         self._name_repacked()
 
     def _name_repacked(self) -> None:
@@ -88,7 +113,11 @@ class StreamCommitter:
 
     def commit(self, pending: Pending, ring: Ring) -> Head:
         """Make the pending rows durable; on any exception the last commit stands."""
-        head = self._seal_episodes(self._next_head(pending))
+        head = self._next_head(pending)
+        spans = self._next_spans(pending, head)
+        head = _counted(head, spans)
+        if pending.base is None:  # or else it could replace a part that the last commit names
+            head = self._seal_episodes(head)
         self._render_arrays(int(pending.rows.max()), exact=False)
         flat = {name: self._write_flat(name, head, ring) for name in self._flat}
         packed = {name: self._write_packed(name, head, ring) for name in self._packed}
@@ -98,8 +127,79 @@ class StreamCommitter:
             self._flat[name].state = state
         for name, (shards, _) in packed.items():
             self._packed[name].shards |= shards
-        self.head = head
+        self.head, self._spans = head, spans
+        if pending.base is not None:
+            self._forget_later_parts()
         return head
+
+    def _forget_later_parts(self) -> None:
+        """Remove the parts of the index that the head no longer names, and the older heads that did."""
+        forget_older_heads(self.path, self.head)
+        last = max((part.number for part in self.head.parts), default=-1)
+        folder = self.path / "index"
+        for name in list_directory(folder) if folder.is_dir() else []:
+            if name.endswith(".arrow") and int(name.removesuffix(".arrow")) > last:
+                remove(folder / name)
+
+    # ---- eviction
+
+    @property
+    def spans(self) -> Spans:
+        """The closed episodes that are left; of a store with bounds."""
+        if self._spans is None:
+            self._spans = self._spans_of(self.head)
+        return self._spans
+
+    def _spans_of(self, head: Head) -> Spans:
+        table = episode_schema(self._schema)
+        tables = {part.number: open_part(self.path, part, table) for part in head.parts}
+        return Spans.of(tables | {head.next_part: head.episodes}).above(head.floor)
+
+    @property
+    def evictable(self) -> int:
+        """The row up to which rows can be evicted: in no environment is one below it written again."""
+        keep = max(field.chunk_rows for field in self._schema.fields)
+        return int((self.head.rows - self.head.is_open).min()) // keep * keep
+
+    def evict(self, floor: int) -> Head:
+        """Give up all transitions below a row; `remove_evicted` then removes their files."""
+        assert self.head.evicted is not None, self.path
+        assert self.head.floor <= floor <= self.evictable, (self.head.floor, floor, self.evictable)
+        spans = self.spans.above(floor)
+        first_part = int(spans.part.min(initial=self.head.next_part))
+        head = replace(
+            self.head,
+            commit=self.head.commit + 1,
+            evicted=Evicted(floor, first_part),
+            parts=tuple(part for part in self.head.parts if part.number >= first_part),
+        )
+        files = {name: self._files_left(name, head) for name in head.files}
+        head = _counted(replace(head, files=files), spans)
+        write_head(self.path, head, self._schema)
+        self.head, self._spans = head, spans
+        for name, writer in self._packed.items():
+            writer.shards = {n: state for n, state in writer.shards.items() if n in head.files[name]}
+        return head
+
+    def _files_left(self, name: str, head: Head) -> dict[int, FileState]:
+        start = head.first_file(self._schema.shard_rows(self._schema.by_name[name], self._num_envs))
+        return {number: state for number, state in head.files[name].items() if number >= start}
+
+    def remove_evicted(self) -> None:
+        """Remove the files that the head names no more, also those of a writer that was killed."""
+        for field in self._schema.fields:
+            start = self.head.first_file(self._schema.shard_rows(field, self._num_envs))
+            folder = self.path / field.name / "c"
+            for name in list_directory(folder) if start and folder.is_dir() else []:
+                if name.isdigit() and int(name) < start:
+                    remove_tree(folder / name)
+        folder = self.path / "index"
+        for name in list_directory(folder) if self.head.first_part and folder.is_dir() else []:
+            number = name.removesuffix(".arrow")
+            if number.isdigit() and int(number) < self.head.first_part:
+                remove(folder / name)
+
+    # ---- the next head
 
     def tidy(self, *, final: bool) -> Head:
         """Repack full shards, and at the end open ones; give arrays their exact length at the end."""
@@ -113,22 +213,32 @@ class StreamCommitter:
 
     def _next_head(self, pending: Pending) -> Head:
         table = episode_schema(self._schema)
-        closed = pa.concat_tables([self.head.episodes, episode_table(pending.closed, table)])
-        open_ = episode_table(pending.open, table)
+        base = self.head if pending.base is None else pending.base
+        added, open_ = episode_table(pending.closed, table), episode_table(pending.open, table)
+        closed = pa.concat_tables([base.episodes, added])
         return replace(
             self.head,
             commit=self.head.commit + 1,
             rows=pending.rows,
-            closed=self.head.closed + len(pending.closed),
+            closed=base.closed + len(pending.closed),
+            parts=tuple(part for part in base.parts if part.number >= self.head.first_part),
             episodes=closed,
             open=open_,
         )
+
+    def _next_spans(self, pending: Pending, head: Head) -> Spans | None:
+        if head.evicted is None:
+            return None
+        if pending.base is not None:
+            return self._spans_of(head)
+        added = episode_table(pending.closed, episode_schema(self._schema))
+        return self.spans.joined(Spans.of({self.head.next_part: added})).above(head.floor)
 
     def _seal_episodes(self, head: Head) -> Head:
         if len(head.episodes) < PART_EPISODES:
             return head
         make_parents(self.path / "index" / "part", self.path)
-        part = write_part(self.path, len(head.parts), head.episodes.combine_chunks())
+        part = write_part(self.path, head.next_part, head.episodes.combine_chunks())
         return replace(head, parts=(*head.parts, part), episodes=head.episodes.schema.empty_table())
 
     def _write_flat(self, name: str, head: Head, ring: Ring) -> tuple[FlatState, list[FileState]]:
@@ -184,6 +294,14 @@ class StreamCommitter:
                 self._lengths[field.name] = length
 
 
+class MakesRoom(Protocol):
+    """What a writer of a bounded store asks before each commit."""
+
+    def make(self, committer: StreamCommitter, pending: Pending) -> Head:
+        """Evict what pending rows need room for; returns the head that is then the newest."""
+        ...
+
+
 def create_stream(path: Path, schema: Schema, head: Head, root: bytes) -> None:
     """Write a stream's metadata and its first commit, which names nothing yet.
 
@@ -203,6 +321,14 @@ def render_stream(path: Path, schema: Schema, head: Head, root: bytes) -> None:
         write_atomic(array / "zarr.json", data)
         for parent in list(array.relative_to(path).parents)[:-1]:
             write_atomic(path / parent / "zarr.json", render_group())
+
+
+def _counted(head: Head, spans: Spans | None) -> Head:
+    """The head of a bounded stream with the number of transitions that are left in it."""
+    if head.evicted is None or spans is None:
+        return head
+    left = spans.left(head.floor) + Spans.of({0: head.open}).left(head.floor)
+    return replace(head, evicted=head.evicted._replace(left=left))
 
 
 def _with_files(head: Head, changed: Mapping[str, list[FileState]]) -> Head:

@@ -71,6 +71,19 @@ def integers(table: pa.Table, name: str) -> np.ndarray:
     return np.asarray(table.column(name).to_numpy(), np.int64)
 
 
+def above(table: pa.Table, floor: int) -> pa.Table:
+    """What is left of episodes when all transitions below a row are gone: a cut one begins at the row."""
+    if floor == 0:
+        return table
+    first, length = integers(table, "first_row"), integers(table, "length")
+    left = np.minimum(length, first + length - floor)
+    is_left = (left > 0) | ((length == 0) & (first >= floor))
+    for name, values in (("first_row", np.maximum(first, floor)), ("length", left)):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), pa.array(values, pa.int64()))
+    return table.filter(pa.array(is_left))
+
+
 def part_path(stream: Path, number: int) -> Path:
     return stream / "index" / f"{number:06d}.arrow"
 
@@ -96,6 +109,15 @@ def decode_table(data: Any, schema: pa.Schema, path: Path) -> pa.Table:
     if nulls:
         raise CorruptionError(f"{path}: nulls in {nulls}")
     return table.replace_schema_metadata(None)
+
+
+def column_names(data: Any) -> list[str]:
+    """The columns of an Arrow IPC file; none if it is not one."""
+    try:
+        names: list[str] = pa.ipc.open_file(pa.py_buffer(data)).schema.names
+    except (pa.ArrowException, OSError):
+        return []
+    return names
 
 
 def write_part(stream: Path, number: int, table: pa.Table) -> FileState:

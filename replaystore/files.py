@@ -321,6 +321,11 @@ class AddressRange:
         finally:
             os.close(descriptor)
 
+    def clear(self, *, offset: int, nbytes: int) -> None:
+        """Let go of what was placed there: its file, if it was unlinked, gives its disk blocks back."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0) | _MAP_FIXED
+        _map(self.address + offset, nbytes, 0, flags, -1)
+
     @classmethod
     def of_file(cls, path: Path) -> "AddressRange":
         """A whole file, of the size that it has when it is opened."""

@@ -141,3 +141,8 @@ class FlatColumn:
         nbytes = self._field.row_nbytes
         path = chunk_path(array, number, 2 + len(self._field.shape))
         self._range.place(path, offset=row * nbytes, nbytes=rows * nbytes, exact=True)
+
+    def clear(self, *, row: int, rows: int) -> None:
+        """Let go of the file that was mapped there; its rows must not be read again."""
+        nbytes = self._field.row_nbytes
+        self._range.clear(offset=row * nbytes, nbytes=rows * nbytes)

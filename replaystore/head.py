@@ -9,6 +9,12 @@
     parts       the sealed parts of the index: number, bytes, crc32c
     episodes    the closed episodes since the last sealed part
     open        the open episodes
+    evicted     in a bounded store alone: the row below which all transitions are gone, in every
+                environment; how many parts of the index are; how many transitions are left
+
+`files` and `parts` name what is left: of a field the files that do not lie wholly below row
+`evicted - CONTEXT`, and the parts from number `evicted.parts`. Episodes below the row may still
+stand in a part that holds others; readers pass over them. `closed` counts them.
 
 The file's own crc32c stands in the Arrow schema's metadata, "replaystore-crc32c:" and 8 hex
 digits, which is there twice (Arrow repeats the schema in its footer); it is computed with zeros
@@ -18,13 +24,13 @@ for those digits.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from replaystore.codec import crc32c
-from replaystore.episodes import decode_table, encode_table, episode_schema, integers
+from replaystore.episodes import column_names, decode_table, encode_table, episode_schema, integers
 from replaystore.errors import CorruptionError, LimitError
 from replaystore.files import (
     FileState,
@@ -35,6 +41,7 @@ from replaystore.files import (
     write_atomic,
     write_spare,
 )
+from replaystore.index import CONTEXT
 from replaystore.schema import MAX_NUM_ENVS, Schema
 
 HEAD = "head.arrow"
@@ -45,6 +52,21 @@ _ZEROS = b"00000000"
 _FILE = pa.struct(
     [("field", pa.int32()), ("number", pa.int64()), ("nbytes", pa.int64()), ("crc32c", pa.uint32())]
 )
+
+
+_EVICTED = pa.struct([("floor", pa.int64()), ("parts", pa.int64()), ("left", pa.int64())])
+
+
+class Evicted(NamedTuple):
+    """What a bounded stream has lost.
+
+    Every transition below row `floor` of each environment, and the first `parts` parts of the index;
+    `left` transitions are there.
+    """
+
+    floor: int = 0
+    parts: int = 0
+    left: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,26 @@ class Head:
     parts: tuple[FileState, ...]
     episodes: pa.Table
     open: pa.Table
+    evicted: Evicted | None = None  # None where nothing ever is
+
+    @property
+    def floor(self) -> int:
+        """The row below which all transitions are gone, in every environment."""
+        return 0 if self.evicted is None else self.evicted.floor
+
+    @property
+    def first_part(self) -> int:
+        """The number of the first part of the index that is left."""
+        return 0 if self.evicted is None else self.evicted.parts
+
+    @property
+    def next_part(self) -> int:
+        """The number of the part that is sealed next."""
+        return self.first_part + len(self.parts)
+
+    def first_file(self, size: int) -> int:
+        """The number of the first file that is left of a field that has `size` rows a file."""
+        return max(0, self.floor - CONTEXT) // size
 
     @property
     def num_envs(self) -> int:
@@ -75,13 +117,14 @@ class Head:
         return self.rows if schema.is_observation(name) else self.rows - self.is_open
 
 
-def empty_head(schema: Schema, num_envs: int) -> Head:
+def empty_head(schema: Schema, num_envs: int, *, is_bounded: bool = False) -> Head:
     none = episode_schema(schema).empty_table()
     files: dict[str, dict[int, FileState]] = {field.name: {} for field in schema.fields}
-    return Head(0, np.zeros(num_envs, np.int64), 0, files, (), none, none)
+    evicted = Evicted() if is_bounded else None
+    return Head(0, np.zeros(num_envs, np.int64), 0, files, (), none, none, evicted)
 
 
-def _arrow_schema(episodes: pa.Schema) -> pa.Schema:
+def _arrow_schema(episodes: pa.Schema, *, is_bounded: bool) -> pa.Schema:
     fields = [
         ("commit", pa.int64()),
         ("rows", pa.list_(pa.int64())),
@@ -90,6 +133,7 @@ def _arrow_schema(episodes: pa.Schema) -> pa.Schema:
         ("parts", pa.list_(_FILE)),
         ("episodes", pa.list_(pa.struct(list(episodes)))),
         ("open", pa.list_(pa.struct(list(episodes)))),
+        *([("evicted", _EVICTED)] if is_bounded else []),
     ]
     return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in fields])
 
@@ -97,7 +141,7 @@ def _arrow_schema(episodes: pa.Schema) -> pa.Schema:
 def encode_head(head: Head, schema: Schema) -> bytes:
     places = {field.name: i for i, field in enumerate(schema.fields)}
     files = [(places[name], *state) for name, states in head.files.items() for state in states.values()]
-    arrow = _arrow_schema(episode_schema(schema))
+    arrow = _arrow_schema(episode_schema(schema), is_bounded=head.evicted is not None)
     arrays = [
         pa.array([head.commit], pa.int64()),
         _one_list(pa.array(head.rows, pa.int64())),
@@ -106,6 +150,7 @@ def encode_head(head: Head, schema: Schema) -> bytes:
         _one_list(_file_structs([(-1, *state) for state in head.parts])),
         _one_list(_struct_array(head.episodes)),
         _one_list(_struct_array(head.open)),
+        *([] if head.evicted is None else [pa.array([head.evicted._asdict()], _EVICTED)]),
     ]
     mark = (_MARK + _ZEROS).decode()
     table = pa.Table.from_arrays(arrays, schema=arrow.with_metadata({"checksum": mark}))
@@ -120,7 +165,8 @@ def decode_head(data: bytes, schema: Schema, path: Path) -> Head:
     if len(zeroed) != len(data) or found != f"{crc32c(zeroed):08x}".encode():
         raise CorruptionError(f"{path}: the head's checksum does not match its bytes")
     episodes = episode_schema(schema)
-    row = decode_table(data, _arrow_schema(episodes), path).to_batches()
+    is_bounded = b"evicted" in data and "evicted" in column_names(data)
+    row = decode_table(data, _arrow_schema(episodes, is_bounded=is_bounded), path).to_batches()
     if len(row) != 1 or row[0].num_rows != 1:
         raise CorruptionError(f"{path}: expected one row")
     if _nulls(row[0]):
@@ -144,10 +190,12 @@ def decode_head(data: bytes, schema: Schema, path: Path) -> Head:
         parts=tuple(FileState(*state) for _, *state in _file_tuples(lists["parts"])),
         episodes=_episode_table(lists["episodes"], episodes, path),
         open=_episode_table(lists["open"], episodes, path),
+        evicted=_evicted(lists["evicted"], path) if is_bounded else None,
     )
     check_episodes(head.episodes, head, path)
     check_episodes(head.open, head, path, shortest=0)
     _check_open(head, path)
+    _check_evicted(head, path)
     _check_files(head, schema, path)
     return head
 
@@ -171,13 +219,28 @@ def _check_open(head: Head, path: Path) -> None:
         raise CorruptionError(f"{path}: expected open episodes at the ends of columns")
 
 
+def _check_evicted(head: Head, path: Path) -> None:
+    """Nothing is evicted that is still to be written, and the parts that are left follow each other."""
+    if head.evicted is None:
+        return
+    numbers = [part.number for part in head.parts]
+    if numbers != list(range(head.first_part, head.first_part + len(numbers))):
+        raise CorruptionError(f"{path}: expected parts from number {head.first_part}, found {numbers}")
+    if head.closed < len(head.episodes):
+        raise CorruptionError(f"{path}: expected {len(head.episodes)} closed episodes, found {head.closed}")
+    if head.floor > head.rows.min():
+        raise CorruptionError(f"{path}: expected eviction within {head.rows} rows, found {head.floor}")
+
+
 def _check_files(head: Head, schema: Schema, path: Path) -> None:
     """Every file that the rows need must be named, and none beside them; so rows are bounded."""
     for field in schema.fields:
         rows = int(head.field_rows(schema, field.name).max())
-        expected = -(-rows // schema.shard_rows(field, head.num_envs))
+        size = schema.shard_rows(field, head.num_envs)
+        start, stop = head.first_file(size), -(-rows // size)
         named = head.files[field.name]
-        if len(named) != expected or (named and not 0 <= min(named) <= max(named) < expected):
+        expected = max(stop - start, 0)
+        if len(named) != expected or (named and not start <= min(named) <= max(named) < stop):
             raise CorruptionError(
                 f"{path}: field {field.name!r}: expected {expected} files for {rows} rows, found {len(named)}"
             )
@@ -250,6 +313,13 @@ def _replace_checksum(data: bytes, digits: bytes) -> bytes:
         start = at + len(_MARK)
         data = data[:start] + digits + data[start + 8 :]
     return data
+
+
+def _evicted(values: Any, path: Path) -> Evicted:
+    found = values.as_py()
+    if found is None or any(type(value) is not int or value < 0 for value in found.values()):
+        raise CorruptionError(f"{path}: expected what was evicted, as numbers from 0, found {found}")
+    return Evicted(**found)
 
 
 def _nulls(row: pa.RecordBatch) -> int:

@@ -5,11 +5,15 @@ window says by a `Spacing`; with the plain one each transition is an item. An ep
 transitions takes the rows `first` to `first + L` of one environment's column.
 
 A transition's id, stream * 2^40 + time * num_envs + env, names it for good: numbers change when
-episodes are closed, ids never do.
+episodes are closed or evicted, ids never do.
+
+Of a stream whose rows below some `floor` were evicted, transitions from the floor on are there. An
+episode that began before it is cut: its items are those that it had from the floor on, and `CONTEXT`
+rows before are kept, so that a stack of frames does not end at the floor.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +23,16 @@ from replaystore.errors import CorruptionError, UsageError
 FEW = 100  # numbers that are found faster one by one
 STREAM_BIT = 40  # of an id
 WHOLE = 1 << 40  # a stride that no episode is longer than
+CONTEXT = 64  # rows below a floor that are kept, for stacks of frames
 
 _versions = itertools.count(1)
 
 
 class Places(NamedTuple):
-    """Where items are; int64 arrays of one shape. The episode takes rows first to last."""
+    """Where items are; int64 arrays of one shape. The episode takes rows first to last.
+
+    `first` is the first row that can be read, if the episode's beginning was evicted.
+    """
 
     stream: np.ndarray
     env: np.ndarray
@@ -57,21 +65,26 @@ EACH = Spacing()
 class Extent(NamedTuple):
     """Which episodes there are, to find the same ones again when more have come.
 
-    `closed` has the streams and how many of their episodes are closed: [stream, count]. `open` has
-    the other episodes: [stream, env, first, last].
+    `closed` has the streams and how many of their episodes are closed, evicted ones included:
+    [stream, count]. `open` has the other episodes: [stream, env, first, last]. `floors` has the
+    streams of which rows were evicted: [stream, floor].
     """
 
     closed: list[list[int]]
     open: list[list[int]]
+    floors: list[list[int]] = []  # noqa: RUF012  # of those that were kept before there were any
 
 
 class EpisodeIndex:
-    """Maps numbers to rows; closed episodes are appended, open ones replaced."""
+    """Maps numbers to rows; closed episodes are appended and evicted, open ones replaced."""
 
     def __init__(self, spacing: Spacing = EACH) -> None:
         self.spacing = spacing
         self.widths = np.ones(0, np.int64)  # environments by stream
-        self._table = np.empty((5, 64), np.int64)  # stream, env, first, last, shift
+        self.floors = np.zeros(0, np.int64)  # by stream: the row below which all was evicted
+        self.evictions = 0  # how often rows were evicted: what is known of closed episodes is void then
+        self._totals: dict[int, int] = {}  # by stream: episodes closed so far, evicted ones included
+        self._table = np.empty((6, 64), np.int64)  # stream, env, first, last, shift, number in the stream
         self._ends = np.empty(64, np.int64)  # items up to and with each episode
         self.version = 0  # grows with every change; no other index that is not empty has the same
         self._closed = 0
@@ -100,18 +113,31 @@ class EpisodeIndex:
         """Say how many environments a stream has, before its first episode."""
         if stream >= len(self.widths):
             self.widths = np.append(self.widths, np.ones(stream + 1 - len(self.widths), np.int64))
+            self.floors = np.append(self.floors, np.zeros(stream + 1 - len(self.floors), np.int64))
         if self.widths[stream] != num_envs:
             self.widths[stream] = num_envs
             self._sorted_keys = self._sorted = np.empty(0, np.int64)
         self._columns = np.cumsum(self.widths) - self.widths
 
     def append(
-        self, stream: int | np.ndarray, env: np.ndarray, first: np.ndarray, length: np.ndarray
+        self,
+        stream: int | np.ndarray,
+        env: np.ndarray,
+        first: np.ndarray,
+        length: np.ndarray,
+        *,
+        before: Mapping[int, int] | None = None,
     ) -> None:
-        """Add closed episodes; those that are open have to be set again."""
+        """Add closed episodes; those that are open have to be set again.
+
+        `before` says how many of a stream were closed before these, if some were evicted unseen.
+        """
+        totals = self._totals | dict(before or {})
+        numbers, totals = _count_on(totals, np.broadcast_to(stream, env.shape))
         self._count = self._closed
-        self._add(stream, env, first, first + length)
+        self._add(stream, env, first, first + length, numbers)
         self._closed = self._count
+        self._totals = totals
 
     def set_open(
         self, episodes: Sequence[tuple[int | np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
@@ -122,44 +148,112 @@ class EpisodeIndex:
         for stream, env, first, length in episodes:
             self._add(stream, env, first, first + length)
 
+    def evict(self, stream: int, floor: int) -> None:
+        """Forget a stream's transitions below a row; open episodes have to be set again."""
+        if floor > self.floors[stream]:
+            rest = self._beginning(self.floors.copy(), self.evictions + 1)
+            rest.floors[stream] = floor
+            rest.take(self, closed=slice(0, self._closed), open=slice(0, 0))
+            self.__dict__.update(rest.__dict__)  # at once, should an interrupt come
+
+    def emptied(self) -> "EpisodeIndex":
+        """An index of its own without episodes, of the same streams and floors."""
+        index = self._beginning(self.floors, self.evictions)
+        index.widths, index._columns = self.widths, self._columns
+        return index
+
+    def first_rows(self, stream: np.ndarray, env: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """Where the episodes of rows began, be it below a floor; -1 where there is none any more."""
+        episode = self._episode_at(self._key(stream, env, time), time)
+        first: np.ndarray = np.where(episode < 0, -1, self._table[2].take(np.maximum(episode, 0)))
+        return first
+
+    def _beginning(self, floors: np.ndarray, evictions: int) -> "EpisodeIndex":
+        """An empty index of the same items, with these floors."""
+        index = EpisodeIndex(self.spacing)
+        index.floors, index.evictions = floors, evictions
+        return index
+
     def follow(self, other: "EpisodeIndex") -> None:
         """Take in the episodes of an index that this one followed before, or any if it is empty."""
+        if self._followed == other.version:
+            return
+        self._followed = -1  # after an interrupt
+        if self.evictions != other.evictions:
+            self.__dict__.update(self._beginning(other.floors, other.evictions).__dict__)
         assert self._closed <= other._closed, (self._closed, other._closed)
-        if self._followed != other.version:
-            self._followed = -1  # after an interrupt
-            new = slice(self._closed, other._closed)
-            self.take(other, closed=new, open=slice(other._closed, other._count))
-            self._followed = other.version
+        new = slice(self._closed, other._closed)
+        self.take(other, closed=new, open=slice(other._closed, other._count))
+        self._followed = other.version
 
     def take(self, other: "EpisodeIndex", *, closed: slice | np.ndarray, open: slice | np.ndarray) -> None:
-        """Add closed episodes of another index by their numbers, and replace the open ones."""
+        """Add closed episodes of another index by their numbers, and replace the open ones.
+
+        What the other one has evicted has to be evicted here too.
+        """
         if not np.array_equal(self.widths, other.widths[: len(self.widths)]):
             self._sorted_keys = self._sorted = np.empty(0, np.int64)
         self.widths, self._columns = other.widths, other._columns
+        assert not self._count or self.evictions == other.evictions, (self.evictions, other.evictions)
+        self.floors = np.maximum(other.floors, np.pad(self.floors, (0, len(other.floors) - len(self.floors))))
+        self.evictions = max(self.evictions, other.evictions)
+        self._totals = other._totals
         self._count = self._closed
-        self._add(*other._table[:4, closed])
+        stream, env, first, last, _, number = other._table[:, closed]
+        self._add(stream, env, first, last, number)
         self._closed = self._count
         self._add(*other._table[:4, open])
 
-    def _add(self, stream: int | np.ndarray, env: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:
+    def _add(
+        self,
+        stream: int | np.ndarray,
+        env: np.ndarray,
+        first: np.ndarray,
+        last: np.ndarray,
+        number: np.ndarray | int = -1,
+    ) -> None:
+        """Add episodes, but for those that were evicted; `number` is that of a closed one in its stream."""
         self.version = next(_versions)
-        start, stop = self._count, self._count + len(env)
+        values = np.array(np.broadcast_arrays(stream, env, first, last, 0, number), np.int64)
+        if self._is_cut:
+            values = values[:, values[3] > self.floors[values[0]]]
+        start, stop = self._count, self._count + values.shape[1]
         if stop > len(self._ends):
             grow = max(stop, 2 * len(self._ends)) - len(self._ends)
             self._table = np.pad(self._table, ((0, 0), (0, grow)))
             self._ends = np.pad(self._ends, (0, grow))
-        counts = self.spacing.items(last - first)
+        begin, counts = self._items(values)
         ends = len(self) + np.cumsum(counts)
-        shift = first + self.spacing.offset - (ends - counts) * self.spacing.stride
-        for row, values in enumerate((stream, env, first, last, shift)):
-            self._table[row, start:stop] = values
+        values[4] = begin - (ends - counts) * self.spacing.stride
+        self._table[:, start:stop] = values
         self._ends[start:stop] = ends
         self._count = stop
 
+    @property
+    def _is_cut(self) -> bool:
+        return self.evictions > 0
+
+    def _items(self, episodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the first items of episodes begin, and how many they have; (≥4, episodes) of the table."""
+        stream, _, first, last = episodes[:4]
+        stride, _, offset = self.spacing
+        if not self._is_cut:
+            return first + offset, self.spacing.items(last - first)
+        skipped = np.maximum(-((first + offset - self.floors[stream]) // stride), 0)
+        counts = self.spacing.items(last - first) - skipped
+        return first + offset + skipped * stride, np.maximum(counts, 0)
+
+    def spans(self, start: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of the episodes from number `start` on: stream, env, the row of the first item, and how many."""
+        stream, env = self._table[:2, start : self._count]
+        return stream, env, *self._items(self._table[:, start : self._count])
+
     def locate(self, numbers: np.ndarray) -> Places:
         """Find items by number; all must be from 0 to `len(self) - 1`."""
-        stream, env, first, last, shift = self._table.take(self._find(numbers), axis=1)
+        stream, env, first, last, shift = self._table[:5].take(self._find(numbers), axis=1)
         stride = self.spacing.stride
+        if self._is_cut:
+            first = np.maximum(first, self.floors[stream] - CONTEXT)
         return Places(stream, env, (numbers if stride == 1 else numbers * stride) + shift, first, last)
 
     def ids(self, places: Places) -> np.ndarray:
@@ -180,10 +274,12 @@ class EpisodeIndex:
             return np.full(ids.shape, -1)
         time, env = np.divmod(row, self.widths[stream])
         episode = self._episode_at(self._key(stream, env, time), time)
-        _, _, first, last, shift = self._table.take(np.maximum(episode, 0), axis=1)
+        _, _, first, last, shift = self._table[:5].take(np.maximum(episode, 0), axis=1)
         stride, span, offset = self.spacing
         number, rest = np.divmod(time - shift, stride)
         is_item = known & (episode >= 0) & (rest == 0) & (time >= first + offset) & (time + span <= last)
+        if self._is_cut:
+            is_item &= time >= self.floors[stream]
         return np.where(is_item, number, -1)
 
     def _key(self, stream: np.ndarray, env: np.ndarray, time: np.ndarray) -> np.ndarray:
@@ -242,42 +338,59 @@ class EpisodeIndex:
             self._bucketed = int(ends[-1])
 
     def episodes(self, start: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Stream, env, first and last row of the episodes from number `start` on."""
+        """Stream, env, first and last row of the episodes from number `start` on.
+
+        Of one whose beginning was evicted, `first` is the row of its first transition that is there.
+        """
         stream, env, first, last = self._table[:4, start : self._count]
-        return stream, env, first, last
+        return stream, env, np.maximum(first, self.floors[stream]) if self._is_cut else first, last
 
     def extent(self) -> Extent:
         """Which episodes there are."""
-        stream = self._table[0, : self._closed]
-        streams, counts = np.unique(stream, return_counts=True)
-        closed = np.stack([streams, counts], axis=1).tolist()
-        return Extent(closed, self._table[:4, self._closed : self._count].T.tolist())
+        closed = [[stream, count] for stream, count in sorted(self._totals.items()) if count]
+        opened = self._table[:4, self._closed : self._count].T.tolist()
+        return Extent(closed, opened, self._cuts())
+
+    def _cuts(self) -> list[list[int]]:
+        return [[stream, floor] for stream, floor in enumerate(self.floors.tolist()) if floor]
+
+    def holds(self, extent: Extent) -> bool:
+        """Whether nothing of an extent was evicted since."""
+        return self._cuts() == [list(cut) for cut in extent.floors]
 
     def at(self, extent: Extent) -> "EpisodeIndex":
-        """An index of its own over the episodes of an extent, stream by stream, the open ones last."""
-        index = EpisodeIndex(self.spacing)
-        index.widths, index._columns = self.widths, self._columns
-        for number, count in sorted(extent.closed):
-            found = np.flatnonzero(self._table[0, : self._closed] == number)[:count]
-            if len(found) != count:
-                raise UsageError(f"expected {count} closed episodes in stream {number}, found {len(found)}")
-            index._add(*self._table[:4, found])
+        """An index of its own over the episodes of an extent, stream by stream, the open ones last.
+
+        Those that were evicted since are not in it.
+        """
+        totals = {stream: count for stream, count in extent.closed}  # noqa: C416  # mypy wants pairs
+        index = self._beginning(self.floors, self.evictions)
+        index.widths, index._columns, index._totals = self.widths, self._columns, totals
+        for stream, count in sorted(extent.closed):
+            if self._totals.get(stream, 0) < count:
+                found = self._totals.get(stream, 0)
+                raise UsageError(f"expected {count} closed episodes in stream {stream}, found {found}")
+            closed = self._table[:, : self._closed]
+            chosen = closed[:, (closed[0] == stream) & (closed[5] < count)]
+            index._add(chosen[0], chosen[1], chosen[2], chosen[3], chosen[5])
         index._closed = index._count
         index._add(*np.array(extent.open, np.int64).reshape(-1, 4).T)
         return index
 
     def is_like(self, other: "EpisodeIndex") -> bool:
-        """Whether the same episodes have the same numbers in both."""
-        return np.array_equal(self._table[:4, : self._count], other._table[:4, : other._count])
+        """Whether the same items have the same numbers in both."""
+        alike = np.array_equal(self._table[:4, : self._count], other._table[:4, : other._count])
+        return alike and self._cuts() == other._cuts()
 
     def check(self) -> None:
         """Raise at the first broken invariant; `CorruptionError` if episodes of a column overlap."""
-        stream, env, first, last, shift = self._table[:, : self._count]
+        stream, env, first, last, shift, _ = self._table[:, : self._count]
         ends = self._ends[: self._count]
-        counts = self.spacing.items(last - first)
+        begin, counts = self._items(self._table[:, : self._count])
         assert (last > first).all(), "an episode without transitions"
         assert (np.diff(ends, prepend=0) == counts).all(), "lengths and their sums differ"
-        assert (first + self.spacing.offset - (ends - counts) * self.spacing.stride == shift).all(), "shifts"
+        assert (begin - (ends - counts) * self.spacing.stride == shift).all(), "shifts"
+        assert not self._is_cut or (last > self.floors[stream]).all(), "an episode that was evicted"
         order = np.lexsort((first, env, stream))
         same = (np.diff(stream[order]) == 0) & (np.diff(env[order]) == 0)
         overlap = same & (first[order][1:] <= last[order][:-1])
@@ -285,3 +398,15 @@ class EpisodeIndex:
             at = order[1:][overlap][0]
             where = f"row {first[at]} of environment {env[at]}, stream {stream[at]}"
             raise CorruptionError(f"the index: expected episodes apart, found two with {where}")
+
+
+def _count_on(totals: dict[int, int], stream: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
+    """The numbers of episodes in their streams, and the totals with them."""
+    numbers = np.empty(len(stream), np.int64)
+    totals = dict(totals)
+    for each in np.unique(stream).tolist():
+        here = np.flatnonzero(stream == each)
+        start = totals.get(each, 0)
+        numbers[here] = start + np.arange(len(here))
+        totals[each] = start + len(here)
+    return numbers, totals

@@ -24,10 +24,11 @@ class Taken(NamedTuple):
     """What of an index was taken in: its closed episodes, and the open one of each column."""
 
     version: int
+    evictions: int
     closed: int
     widths: np.ndarray  # (streams,) environments
     columns: np.ndarray  # (streams,) the first column of each
-    first: np.ndarray  # (columns,) the first row of the open episode, -1 if there is none
+    first: np.ndarray  # (columns,) the row of the open episode's first item, -1 if there is none
     counts: np.ndarray  # (columns,) its items
 
 
@@ -57,7 +58,8 @@ class Leaves:
     def take_in(self, items: EpisodeIndex, value: float) -> None:
         """Give every item that has none yet a value; costs O(open episodes) where little is new."""
         taken = self._taken
-        if taken is None or self._index is None or self._index() is not items:
+        is_known = self._index is not None and self._index() is items
+        if taken is None or not is_known or items.evictions != taken.evictions:
             self._take_all(items, value)
         elif items.version != taken.version:
             self._take_new(items, value, taken)
@@ -98,6 +100,15 @@ class Leaves:
         self._keys[pages[gone.all(axis=1)]] = FREE
         self._sort_keys()
 
+    def move(self, old: np.ndarray, new: np.ndarray) -> None:
+        """Let items have other ids, one for one; what is no item stays none."""
+        leaves = self._leaves(old)
+        there = (leaves >= 0) & self._is_item.take(leaves, mode="clip")
+        values = self.tree.get(leaves[there])
+        self._drop(leaves[there])
+        self._make_pages(new[there])
+        self._add(self._leaves(new[there]), values)
+
     def state(self) -> dict[str, np.ndarray]:
         """Its pages, the values in them (NaN of what is no item), and what was evicted."""
         leaves = np.arange(len(self._keys) * PAGE)
@@ -122,6 +133,8 @@ class Leaves:
     def _take_all(self, items: EpisodeIndex, value: float) -> None:
         """Take in an index of which nothing is known."""
         self._taken = None  # after an interrupt it begins anew
+        for stream in np.flatnonzero(items.floors).tolist():
+            self.evict(stream, int(items.floors[stream] * items.widths[stream]))
         ids = _new_ids(items, 0, np.zeros(items.num_episodes, np.int64))
         ids = ids[~self._is_evicted(ids)]
         self._make_pages(ids)
@@ -132,16 +145,16 @@ class Leaves:
         columns = np.cumsum(items.widths) - items.widths
         none = np.full(int(items.widths.sum()), -1)
         self._index = weakref.ref(items)
-        self._note(items, Taken(0, 0, items.widths.copy(), columns, none, none.copy()))
+        self._note(items, Taken(0, 0, 0, items.widths.copy(), columns, none, none.copy()))
 
     def _take_new(self, items: EpisodeIndex, value: float, taken: Taken) -> None:
         """Take in what was added to an index since the last call."""
-        stream, env, first, last = items.episodes(taken.closed)
+        stream, env, first, counts = items.spans(taken.closed)
         if not np.array_equal(items.widths, taken.widths):
             return self._take_all(items, value)
         column = taken.columns[stream] + env
         before = np.where(taken.first[column] == first, taken.counts[column], 0)
-        if (items.spacing.items(last - first) < before).any():
+        if (counts < before).any():
             return self._take_all(items, value)
         self._taken = None
         ids = _new_ids(items, taken.closed, before)
@@ -153,13 +166,15 @@ class Leaves:
 
     def _note(self, items: EpisodeIndex, taken: Taken) -> None:
         """Keep in mind that all of an index was taken in."""
-        stream, env, first, last = items.episodes(items.num_closed)
+        stream, env, first, counts = items.spans(items.num_closed)
         column = taken.columns[stream] + env
         taken.first[column] = first
-        taken.counts[column] = items.spacing.items(last - first)
-        self._taken = taken._replace(version=items.version, closed=items.num_closed)
+        taken.counts[column] = counts
+        self._taken = taken._replace(
+            version=items.version, evictions=items.evictions, closed=items.num_closed
+        )
 
-    def _add(self, leaves: np.ndarray, value: float) -> None:
+    def _add(self, leaves: np.ndarray, value: float | np.ndarray) -> None:
         self.tree.set(leaves, value)
         self._is_item[leaves] = True
 
@@ -244,11 +259,10 @@ def _expect(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) -
 
 def _new_ids(items: EpisodeIndex, start: int, before: np.ndarray) -> np.ndarray:
     """The ids of the items of episodes from number `start` on, but for the first ones of each."""
-    stream, env, first, last = items.episodes(start)
-    stride, _, offset = items.spacing
-    width = items.widths[stream]
-    counts = items.spacing.items(last - first) - before
-    starts = (stream << STREAM_BIT) + (first + offset + before * stride) * width + env
+    stream, env, first, counts = items.spans(start)
+    stride, width = items.spacing.stride, items.widths[stream]
+    counts = counts - before
+    starts = (stream << STREAM_BIT) + (first + before * stride) * width + env
     within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     ids: np.ndarray = np.repeat(starts, counts) + within * np.repeat(stride * width, counts)
     return ids

@@ -9,12 +9,21 @@ canonical JSON.
 import json
 from typing import Any
 
+from replaystore.bounds import Bounds, bounds_from_json, bounds_to_json
 from replaystore.codec import blosc_settings, crc32c
-from replaystore.errors import CorruptionError, FormatError, FormatTooNew, LimitError, SchemaError
+from replaystore.errors import (
+    CorruptionError,
+    FormatError,
+    FormatTooNew,
+    LimitError,
+    SchemaError,
+    UsageError,
+)
 from replaystore.field import Field
 from replaystore.schema import Schema
 
 FORMAT_VERSION = 1
+BOUNDED_VERSION = 2  # of stores that evict, which the first version's package cannot read
 MAX_METADATA_BYTES = 1 << 24
 _GROUP = {"zarr_format": 3, "node_type": "group"}
 _ARRAY = {
@@ -26,14 +35,19 @@ _ARRAY = {
 }
 
 
-def render_root(schema: Schema, *, env_spec: str | None, frame_stack: int) -> bytes:
+def render_root(
+    schema: Schema, *, env_spec: str | None, frame_stack: int, bounds: Bounds | None = None
+) -> bytes:
     """The root group's `zarr.json`; `env_spec` is gymnasium's `EnvSpec.to_json`."""
+    is_bounded = bounds is not None and not bounds.is_none
     content = {
-        "format_version": FORMAT_VERSION,
+        "format_version": BOUNDED_VERSION if is_bounded else FORMAT_VERSION,
         "schema": schema.to_json(),
         "env_spec": env_spec,
         "frame_stack": frame_stack,
     }
+    if bounds is not None and is_bounded:
+        content["bounds"] = bounds_to_json(bounds)
     attributes = {"replaystore": content | {"crc32c": _checksum(content)}}
     return json.dumps(_GROUP | {"attributes": attributes}, indent=2).encode()
 
@@ -49,7 +63,7 @@ def parse_stream(data: bytes, path: str, schema: Schema) -> None:
 
 
 def parse_root(data: bytes, path: str) -> dict[str, Any]:
-    """Return the root's attributes with `schema` as a `Schema`; refuse anything else."""
+    """Return the root's attributes, `schema` as a `Schema`, `bounds` as `Bounds`; refuse anything else."""
     node = parse_json(data, path)
     attributes = node.get("attributes") if isinstance(node, dict) else None
     content = attributes.get("replaystore") if isinstance(attributes, dict) else None
@@ -58,8 +72,8 @@ def parse_root(data: bytes, path: str) -> dict[str, Any]:
     version = content.get("format_version")
     if type(version) is not int or version < 1:
         raise FormatError(f"{path}: expected a format version from 1, found {version!r}")
-    if version > FORMAT_VERSION:
-        known = f"this package knows up to {FORMAT_VERSION}"
+    if version > BOUNDED_VERSION:
+        known = f"this package knows up to {BOUNDED_VERSION}"
         raise FormatTooNew(f"{path}: format version {version}, {known}: install a newer replaystore")
     found = content.pop("crc32c", None)
     whole = _GROUP | {"attributes": {"replaystore": content}}
@@ -69,15 +83,17 @@ def parse_root(data: bytes, path: str) -> dict[str, Any]:
 
 
 def _checked(content: dict[str, Any], path: str) -> dict[str, Any]:
-    expected = {"format_version", "schema", "env_spec", "frame_stack"}
+    is_bounded = content["format_version"] == BOUNDED_VERSION
+    expected = {"format_version", "schema", "env_spec", "frame_stack"} | ({"bounds"} if is_bounded else set())
     if content.keys() != expected:
         raise FormatError(f"{path}: expected the attributes {sorted(expected)}, found {sorted(content)}")
     spec, frames = content["env_spec"], content["frame_stack"]
     if not isinstance(spec, str | None) or type(frames) is not int or frames < 1:
         raise FormatError(f"{path}: expected an environment spec and a frame stack, found {frames!r}")
     try:
-        return content | {"schema": Schema.from_json(content["schema"])}
-    except (SchemaError, LimitError) as error:
+        bounds = bounds_from_json(content["bounds"]) if is_bounded else Bounds()
+        return content | {"schema": Schema.from_json(content["schema"]), "bounds": bounds}
+    except (SchemaError, LimitError, UsageError) as error:
         raise FormatError(f"{path}: {error}") from error
 
 

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from replaystore.arena import PackedColumn, StreamSpace, stream_path
-from replaystore.errors import CorruptionError
+from replaystore.arena import PackedColumn, StreamSpace, check_there, newest_head, stream_path
+from replaystore.errors import CorruptionError, SnapshotExpired
 from replaystore.field import Field
 from replaystore.files import PAGE, FileState, chunk_path, major_faults, prefetch, size_of
 from replaystore.flat import FlatColumn, file_checksum
 from replaystore.head import Head
-from replaystore.index import Places
+from replaystore.index import CONTEXT, Places
 from replaystore.packed import open_shard
 from replaystore.recycler import SMALLEST, Recycler
 from replaystore.schema import Schema
@@ -84,6 +84,7 @@ class Reader:
         self._spaces: dict[int, StreamSpace] = {}
         self._base = np.zeros(0, np.int64)
         self._width = np.zeros(0, np.int64)
+        self._lowest: np.ndarray | None = None  # by stream: the first row to be read, if some were evicted
         self._flat: dict[str, FlatColumn] = {}
         self._foresight = Foresight()
         self._recycler = Recycler()
@@ -106,6 +107,20 @@ class Reader:
             self._spaces[stream] = self._spaces[stream]._replace(head=head)
             for column in self._packed.values():
                 column.update(stream, self._spaces[stream], old_head)
+        self._note_evicted()
+
+    def _note_evicted(self) -> None:
+        lowest = np.zeros(len(self._base), np.int64)
+        for stream, space in self._spaces.items():
+            lowest[stream] = max(0, space.head.floor - CONTEXT)
+        self._lowest = lowest if lowest.any() else None
+
+    def _check_there(self, stream: np.ndarray, time: np.ndarray) -> None:
+        """Raise `SnapshotExpired` if rows were evicted: their files may be mapped no more."""
+        if self._lowest is not None and (time < self._lowest[stream]).any():
+            raise SnapshotExpired(
+                f"{self._root}: some of these rows were evicted: choose among those there are"
+            )
 
     def read(
         self,
@@ -156,6 +171,7 @@ class Reader:
             prefetch(addresses, np.full(len(addresses), PAGE))
 
     def _locate(self, places: Places, time: np.ndarray, tail: Tail | None) -> "_Rows":
+        self._check_there(places.stream[(...,) + (None,) * (time.ndim - 1)], time)
         if self._is_plain:
             held = None if tail is None else time >= tail.floor[0]
             return _Rows(time, time, 0, 0, 1, held if held is not None and held.any() else None)
@@ -204,6 +220,7 @@ class Reader:
             self._base[stream], self._width[stream] = space.base, space.head.num_envs
         for column in self._packed.values():
             column.lay_out(self._spaces, base)
+        self._note_evicted()
 
     def _map_flat(
         self, columns: Mapping[str, FlatColumn], stream: int, space: StreamSpace, already: Head | None
@@ -211,9 +228,15 @@ class Reader:
         rows = self._schema.time_chunk(space.head.num_envs) * space.head.num_envs
         for name, column in columns.items():
             mapped = already.files[name] if already else {}
+            array = stream_path(self._root, stream) / name
             for number in space.head.files[name].keys() - mapped.keys():
-                array = stream_path(self._root, stream) / name
-                column.place(array, number, row=space.base + number * rows, rows=rows)
+                try:
+                    column.place(array, number, row=space.base + number * rows, rows=rows)
+                except CorruptionError:
+                    check_there(array, newest_head(self._root, stream, self._schema), name, number)
+                    raise
+            for number in mapped.keys() - space.head.files[name].keys():
+                column.clear(row=space.base + number * rows, rows=rows)
 
 
 def check_files(path: Path, head: Head, schema: Schema) -> None:

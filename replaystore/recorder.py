@@ -158,10 +158,16 @@ def _copied(action: Any) -> Any:
 
 
 def _open_or_create(
-    path: str | os.PathLike[str], schema: Schema, *, num_envs: int, spec: str | None, stack: FrameStack | None
+    path: str | os.PathLike[str],
+    schema: Schema,
+    *,
+    num_envs: int,
+    spec: str | None,
+    stack: FrameStack | None,
+    at: str | None,
 ) -> ReplayStore:
     frames = stack.length if stack else 1
-    if not os.path.lexists(os.path.join(path, "zarr.json")):
+    if at is None and not os.path.lexists(os.path.join(path, "zarr.json")):
         return ReplayStore.create(path, schema, num_envs, env_spec=spec, frame_stack=frames)
     with ReplayStore.open(path) as existing:
         difference = existing.schema.difference(schema)
@@ -169,7 +175,7 @@ def _open_or_create(
             difference = f"expected a stack of {existing.frame_stack} frames, got {frames}"
     if difference is not None:
         raise SchemaError(f"{path}: the store has another schema: {difference}")
-    return ReplayStore.open(path, "a", num_envs=num_envs)
+    return ReplayStore.open(path, "a", num_envs=num_envs, at=at)
 
 
 class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
@@ -179,7 +185,9 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
     `FrameStackObservation` is found by itself. Of a stack only the newest frame is stored.
     `padding` is "reset", "zero" or a frame, for stacks given by `frame_stack`. `fields` are the
     user's own: `info/NAME` is taken from the environment's info, any other from `annotate`.
-    `policy` tags the episodes that begin from now on, and `columns` describes them.
+    `policy` tags the episodes that begin from now on, and `columns` describes them. `at` goes on from
+    a checkpoint of the store; the environment begins anew, so an episode that was open then ends at
+    the first `reset`.
 
     The store is at `store`; `close` commits and closes it.
     """
@@ -194,6 +202,7 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
         fields: Iterable[Field] = (),
         column_types: Mapping[str, str] | None = None,
         policy: str | None = None,
+        at: str | None = None,
     ) -> None:
         super().__init__(env)
         stack = find_frame_stack(env) if frame_stack is None else given_stack(frame_stack, padding)
@@ -204,7 +213,7 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
             columns=column_types,
             frame_stack=stack,
         )
-        store = _open_or_create(path, schema, num_envs=1, spec=spec_of(env), stack=stack)
+        store = _open_or_create(path, schema, num_envs=1, spec=spec_of(env), stack=stack, at=at)
         self._recorder = _Recorder(store, stack, None)
         self.policy = policy
         self.columns: dict[str, Any] = {}
@@ -266,6 +275,7 @@ class RecordVectorReplay(gym.vector.VectorWrapper[Any, Any, Any, Any, Any]):
         fields: Iterable[Field] = (),
         column_types: Mapping[str, str] | None = None,
         policy: str | None = None,
+        at: str | None = None,
     ) -> None:
         super().__init__(env)
         self._mode = _autoreset_mode(env)
@@ -277,7 +287,9 @@ class RecordVectorReplay(gym.vector.VectorWrapper[Any, Any, Any, Any, Any]):
             columns=column_types,
             frame_stack=stack,
         )
-        store = _open_or_create(path, schema, num_envs=env.num_envs, spec=vector_spec(env), stack=stack)
+        store = _open_or_create(
+            path, schema, num_envs=env.num_envs, spec=vector_spec(env), stack=stack, at=at
+        )
         self._recorder = _Recorder(store, stack, env.num_envs)
         self.policy = policy
         self.columns: dict[str, Any] = {}

@@ -15,7 +15,15 @@ import numpy as np
 from replaystore.arena import stream_path
 from replaystore.codec import ChunkCodec
 from replaystore.commit import create_stream, render_stream
-from replaystore.episodes import Episode, decode_table, episode_schema, episodes_of, part_path, read_part
+from replaystore.episodes import (
+    Episode,
+    above,
+    decode_table,
+    episode_schema,
+    episodes_of,
+    part_path,
+    read_part,
+)
 from replaystore.errors import CorruptionError, ReplayStoreError, WriterBusy
 from replaystore.field import Field
 from replaystore.files import Lock, chunk_path, make_directory, move, read_bytes, remove_tree, write_atomic
@@ -143,9 +151,10 @@ def _intact_episodes(path: Path, schema: Schema, head: Head) -> Iterator[Episode
             data = read_part(path, state)
         except (ReplayStoreError, OSError):
             continue  # `verify` named it; its episodes' bounds are not known
-        yield from episodes_of(decode_table(data, episode_schema(schema), part_path(path, state.number)))
-    yield from episodes_of(head.episodes)
-    yield from (episode for episode in episodes_of(head.open) if episode.length)
+        table = decode_table(data, episode_schema(schema), part_path(path, state.number))
+        yield from episodes_of(above(table, head.floor))
+    yield from episodes_of(above(head.episodes, head.floor))
+    yield from (episode for episode in episodes_of(above(head.open, head.floor)) if episode.length)
 
 
 def _rewrite(
@@ -164,11 +173,10 @@ def _rewrite(
     make_directory(new)
     lock = Lock.acquire(new / "lock")
     assert lock is not None, new
-    create_stream(new, schema, empty_head(schema, head.num_envs), root_bytes)
+    empty = empty_head(schema, head.num_envs, is_bounded=head.evicted is not None)
+    create_stream(new, schema, empty, root_bytes)
     rows, now = _Rows(path, schema, head), [0]
-    writer = StreamWriter(
-        new, schema, empty_head(schema, head.num_envs), number=0, lock=lock, clock=lambda: now[0] / 1e6
-    )
+    writer = StreamWriter(new, schema, empty, number=0, lock=lock, clock=lambda: now[0] / 1e6)
     writer.start()
     kept = 0
     for episode in episodes:

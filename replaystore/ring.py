@@ -19,11 +19,12 @@ MAX_ROWS = 1 << 18
 class Ring:
     """`arrays[field]` is (capacity, num_envs, *shape); the caller keeps count of what is in use."""
 
-    def __init__(self, schema: Schema, num_envs: int) -> None:
+    def __init__(self, schema: Schema, num_envs: int, *, most: int = MAX_ROWS) -> None:
+        """Rows of `most` or fewer, if a few chunks take no more."""
         row_nbytes = num_envs * sum(field.row_nbytes for field in schema.fields)
         self.keep = max(field.chunk_rows for field in schema.fields)
         fitting = 1 << (max(1, RING_BYTES // row_nbytes).bit_length() - 1)
-        self.capacity = max(min(fitting, MAX_ROWS), 4 * self.keep, 16)
+        self.capacity = max(min(fitting, 1 << (most.bit_length() - 1)), 4 * self.keep, 16)
         self.mask = self.capacity - 1
         self.arrays = {
             field.name: np.zeros((self.capacity, num_envs, *field.shape), field.dtype)

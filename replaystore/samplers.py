@@ -222,7 +222,11 @@ class Recent(Sampler):
 
 
 class _Epoch:
-    """Passes over the items, each in an order made from the seed and the pass's number."""
+    """Passes over the items, each in an order made from the seed and the pass's number.
+
+    Items that are evicted during a pass do not come in it any more. A pass that is restored after
+    some of its items were evicted begins anew.
+    """
 
     def __init__(
         self, seed: int, order: Callable[[int, tuple[int, ...]], Order | PooledOrder | InTurn]
@@ -244,23 +248,24 @@ class _Epoch:
         return len(self._frozen) - self._position
 
     def draw(self, items: EpisodeIndex, n: int) -> Draw:
-        n = min(int(n), self.left(items))
-        frozen = self._frozen
-        assert frozen is not None
-        numbers = self._numbers(self._position, self._position + n)
-        self._position += n
-        probabilities = np.full(n, 1 / len(frozen))
-        if self._position == len(frozen):
-            self.begin()
-        if items.version != self._same:
-            numbers = translate(frozen, numbers, items)
-        return Draw(numbers, probabilities)
+        while True:
+            left, frozen = self.left(items), self._frozen
+            assert frozen is not None
+            stop = self._position + min(int(n), left)
+            numbers = self._numbers(self._position, stop)
+            self._position = stop
+            if stop == len(frozen):
+                self.begin()
+            if items.version != self._same:
+                numbers = translate(frozen, numbers, items)
+            if len(numbers):
+                return Draw(numbers, np.full(len(numbers), 1 / len(frozen)))
 
     def _take_up(self, items: EpisodeIndex) -> None:
         """Begin a pass over these items, or go on with one that was restored."""
         if self._frozen is not None:
             return
-        if self._extent is None:
+        if self._extent is None or not items.holds(self._extent):
             self._extent, self._number, self._position = items.extent(), self._number + 1, 0
         self._frozen = items.at(self._extent)
         self._same = items.version if self._frozen.is_like(items) else -1
@@ -286,8 +291,13 @@ class _Epoch:
 
 
 def translate(part: EpisodeIndex, numbers: np.ndarray, items: EpisodeIndex) -> np.ndarray:
-    """The numbers that items of one index have in another that holds them too."""
+    """The numbers that items of one index have in another that holds them too.
+
+    Items that the other one has evicted since are left out.
+    """
     found = items.numbers(part.ids(part.locate(numbers)))
+    if items.evictions != part.evictions:
+        return found[found >= 0]
     if gone := np.count_nonzero(found < 0):
         raise UsageError(f"expected items of the same store as before, found {gone} of {len(found)} gone")
     return found

@@ -17,6 +17,7 @@ from replaystore.field import Field
 Nested: TypeAlias = "np.ndarray | dict[str, Nested] | tuple[Nested, ...]"
 
 FILE_ROWS = 131072  # rows of all environments in a flat file
+MIN_FILE_ROWS = 4096  # rows of one environment in a flat file: whole pages of any dtype
 SHARD_CHUNKS = 1024  # chunks of all environments in a shard of a packed field
 MAX_FILE_ROWS = 1 << 22  # or chunks in a shard
 MAX_FIELDS = 1000
@@ -140,7 +141,7 @@ class Schema:
 
     def time_chunk(self, num_envs: int) -> int:
         """Rows of one environment in a flat file: a power of two, whole pages for any dtype."""
-        return max(4096, 1 << (max(1, self.file_rows // num_envs).bit_length() - 1))
+        return max(MIN_FILE_ROWS, 1 << (max(1, self.file_rows // num_envs).bit_length() - 1))
 
     def env_chunks(self, num_envs: int) -> int:
         """Chunks of one environment in a shard."""

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from pyarrow import acero
 
 from replaystore.episodes import integers
-from replaystore.errors import UsageError
+from replaystore.errors import SnapshotExpired, UsageError
 from replaystore.index import EACH, EpisodeIndex, Places, Spacing
 from replaystore.reader import Allocate
 from replaystore.samplers import Sampler, Uniform
@@ -100,13 +100,23 @@ class Selection:
             raise UsageError(f"rng: expected a numpy.random.Generator, got {rng!r}")
         window, sampler = check_window(window), check_sampler(sampler)
         with self._view.lock:
-            index = self._index(window.spacing)
-            if not len(index):
-                raise UsageError(
-                    f"sample: expected at least one {item_of(window)}, {self._view.path} has none"
-                )
-            draw = sampler.draw(index, int(n), self._view.rng if rng is None else rng)
-            return self._view.read(index.locate(draw.numbers), window, weights=draw.weights)
+            rng = self._view.rng if rng is None else rng
+            try:
+                return self._sample(int(n), window, rng, sampler)
+            except SnapshotExpired:
+                self._renew()
+            return self._sample(int(n), window, rng, sampler)
+
+    def _sample(self, n: int, window: Window, rng: np.random.Generator, sampler: Sampler) -> Any:
+        index = self._index(window.spacing)
+        if not len(index):
+            raise UsageError(f"sample: expected at least one {item_of(window)}, {self._view.path} has none")
+        draw = sampler.draw(index, n, rng)
+        return self._view.read(index.locate(draw.numbers), window, weights=draw.weights)
+
+    def _renew(self) -> None:
+        """Move to the newest commit: a file of the one shown was evicted before it was mapped."""
+        self._view.renew()
 
     def read(
         self,
@@ -192,23 +202,28 @@ class _Chosen(Selection):
     def _index(self, spacing: Spacing) -> EpisodeIndex:
         self._view.catch_up()
         if spacing not in self._indices:
-            index = EpisodeIndex(spacing)
             if spacing == EACH:
-                self._fill(index)
+                index = self._filled(self._view.index())
             else:
+                index = EpisodeIndex(spacing)
                 index.follow(self._index(EACH))
             self._indices[spacing] = index
         return self._indices[spacing]
 
-    def _fill(self, index: EpisodeIndex) -> None:
-        for number, head in self._view.heads.items():
-            index.set_width(number, head.num_envs)
+    def _filled(self, source: EpisodeIndex) -> EpisodeIndex:
+        """The index of the chosen episodes, but for what was evicted since they were chosen."""
         table = self._from.select(["stream", "env", "first_row", "length"]).filter(self._holds)
         stream, env, first, length = [integers(table, name) for name in table.column_names]
         is_open = np.isin(np.flatnonzero(self._holds.to_numpy()), self._open_in)
-        closed = ~is_open
-        index.append(stream[closed], env[closed], first[closed], length[closed])
-        index.set_open([(stream[is_open], env[is_open], first[is_open], length[is_open])])
+        last, first = first + length, source.first_rows(stream, env, first)
+        closed, is_open = ~is_open & (first >= 0), is_open & (first >= 0)
+        index = source.emptied()
+        index.append(stream[closed], env[closed], first[closed], last[closed] - first[closed])
+        index.set_open([(stream[is_open], env[is_open], first[is_open], last[is_open] - first[is_open])])
+        return index
+
+    def _renew(self) -> None:
+        raise SnapshotExpired(f"{self._view.path}: chosen episodes were evicted: refresh() and choose again")
 
 
 def evaluate(table: pa.Table, expression: pc.Expression) -> pa.ChunkedArray:

@@ -16,17 +16,23 @@ from typing import Any, Self
 import numpy as np
 
 from replaystore.arena import stream_path
+from replaystore.bounds import Bounds, check_bounds
+from replaystore.checkpoints import Checkpoint, checkpoint_path, read_checkpoint, runs_of, write_checkpoint
 from replaystore.commit import create_stream
+from replaystore.contents import NONE, pack_content, restore_content, unpack_content
 from replaystore.errors import ClosedError, ReadOnlyError, UsageError
 from replaystore.files import Lock, disk_usage, make_directory, write_atomic
+from replaystore.going_back import go_back, lock_streams, target_of
 from replaystore.head import HEAD, Head, decode_head, empty_head, encode_head, has_head, keep_head, read_head
 from replaystore.index import Places
 from replaystore.metadata import parse_root, render_root
+from replaystore.room import Room, fitted_schema, ring_rows
 from replaystore.root import make_root, read_root
+from replaystore.samplers import Sampler
 from replaystore.schema import MAX_NUM_ENVS, Schema
 from replaystore.selection import Selection
 from replaystore.view import View
-from replaystore.writer import StreamWriter
+from replaystore.writer import Moved, StreamWriter
 
 CACHE_BYTES = 1 << 23
 
@@ -45,7 +51,10 @@ class ReplayStore(Selection):
         attributes = parse_root(self._root, str(path / "zarr.json"))
         self.env_spec: str | None = attributes["env_spec"]
         self.frame_stack: int = attributes["frame_stack"]
+        self.bounds: Bounds = attributes["bounds"]
         super().__init__(View(path, attributes["schema"], heads=heads, cache_bytes=cache_bytes))
+        self._moved: list[Moved] = []  # by going back to a checkpoint
+        self._went_back_to: str | None = None
         _stores.add(self)
 
     @classmethod
@@ -54,12 +63,19 @@ class ReplayStore(Selection):
         path: str | os.PathLike[str],
         schema: Schema,
         num_envs: int = 1,
+        capacity: int | None = None,
+        capacity_bytes: int | None = None,
+        max_age: float | None = None,
         *,
         env_spec: str | None = None,
         frame_stack: int = 1,
         cache_bytes: int = CACHE_BYTES,
     ) -> Self:
         """Make a store in a directory that is new or empty, and open it for writing.
+
+        With `capacity`, in transitions, `capacity_bytes`, on disk, or `max_age`, in seconds since an
+        episode began, the oldest transitions are evicted: those of all streams count together, a
+        full store keeps at least 15/16 of its capacity. Files get as short as that needs.
 
         `env_spec` is gymnasium's `EnvSpec.to_json()` and `frame_stack` the stack of the
         environment's observations; both are kept for `make_env` and the user.
@@ -71,8 +87,11 @@ class ReplayStore(Selection):
             raise UsageError(f"env_spec: expected a str or None, got {env_spec!r}")
         if type(frame_stack) is not int or frame_stack < 1:
             raise UsageError(f"frame_stack: expected an int from 1, got {frame_stack!r}")
+        bounds = Bounds(capacity, capacity_bytes, max_age)
+        check_bounds(bounds)
+        schema = fitted_schema(schema, bounds, num_envs)
         path = Path(os.path.abspath(path))
-        data = render_root(schema, env_spec=env_spec, frame_stack=frame_stack)
+        data = render_root(schema, env_spec=env_spec, frame_stack=frame_stack, bounds=bounds)
         make_root(path, data)
         return cls.open(path, "a", num_envs=num_envs, cache_bytes=cache_bytes)
 
@@ -85,19 +104,33 @@ class ReplayStore(Selection):
         num_envs: int | None = None,
         cache_bytes: int = CACHE_BYTES,
         heads: Mapping[int, bytes] | None = None,
+        at: str | None = None,
     ) -> Self:
         """Open to read ("r"), or also to append ("a").
 
         Appending continues the newest stream of `num_envs` (by default: of the newest stream)
         that nobody holds, or starts a new one. `cache_bytes` bounds the decoded chunks kept in
         memory. `heads`, from another process's `store.snapshot`, opens that commit exactly.
+
+        `at` appends where a checkpoint left the store: with its transitions in its order, and its
+        open episodes, which `step` continues. What was recorded later, by anybody, is dropped:
+        it is sampled no more. Raises `WriterBusy`, with nothing changed, while somebody writes the store.
+        The rows of the open episodes get new ids. What a bounded store has evicted since is gone. With
+        several streams, each goes back by a commit of its own: after a crash between, open again.
         """
         if mode not in ("r", "a"):
             raise UsageError(f'mode: expected "r" or "a", got {mode!r}')
         if type(cache_bytes) is not int or cache_bytes < 0:
             raise UsageError(f"cache_bytes: expected an int from 0, got {cache_bytes!r}")
-        store = cls(Path(os.path.abspath(path)), heads=heads, cache_bytes=cache_bytes)
-        if mode == "a":
+        if at is not None and (mode == "r" or heads is not None):
+            raise UsageError('at: expected mode "a" and no heads, to go on from a checkpoint')
+        path = Path(os.path.abspath(path))
+        checkpoint = None if at is None else read_checkpoint(path, at)
+        store = cls(path, heads=heads, cache_bytes=cache_bytes)
+        if checkpoint is not None:
+            store._go_back(checkpoint, num_envs)
+            store._went_back_to = at
+        elif mode == "a":
             store._open_writer(num_envs)
         return store
 
@@ -167,6 +200,56 @@ class ReplayStore(Selection):
         with self._view.lock:
             self._writable().flush()
 
+    def checkpoint(
+        self,
+        name: str,
+        state: Any = None,
+        *,
+        samplers: Mapping[str, Sampler] = NONE,
+        generators: Mapping[str, Any] = NONE,
+        loader: Any = None,
+        keep: int | None = None,
+    ) -> None:
+        """Keep, with this commit of the store, all that a run goes on from; durable when it returns.
+
+        `state` is nested dicts, lists and tuples of tensors, arrays, numbers, strings, bytes and
+        None. Kept beside it are the states of samplers, of numpy's and torch's `generators` and
+        those that a program shares (`random`, `np.random`, `torch`), and of a loader. No row is
+        copied. A checkpoint of the same name is replaced, at once; with `keep` all but the newest
+        so many are removed. Raises `UsageError` before anything is written.
+        """
+        checkpoint_path(self.path, name)
+        if keep is not None and (type(keep) is not int or keep < 1):
+            raise UsageError(f"keep: expected None or an int from 1, got {keep!r}")
+        with self._view.lock:
+            writer = self._writable()
+            content = pack_content(state, samplers, generators, loader)
+            writer.flush()
+            heads, index = self._view.snapshot(), self._view.index()
+            order = runs_of(index.episodes()[0][: index.num_closed])
+            write_checkpoint(self.path, name, Checkpoint(writer.number, heads, order, content), keep=keep)
+            if name == self._went_back_to:  # the older one, which knew rows by ids of before
+                self._moved = []
+
+    def restore(
+        self,
+        name: str,
+        *,
+        samplers: Mapping[str, Sampler] = NONE,
+        generators: Mapping[str, Any] = NONE,
+        loader: Any = None,
+    ) -> Any:
+        """The state that a checkpoint kept, tensors on the CPU; what is given goes on from its own.
+
+        The generators that a program shares are set as well. Call it on the store that was opened
+        `at` the checkpoint: samplers then know the rows of open episodes by their new ids.
+        """
+        content = unpack_content(self.path, name, read_checkpoint(self.path, name).content)
+        with self._view.lock:
+            widths = self._view.index().widths
+        moved = self._moved if name == self._went_back_to else []
+        return restore_content(content, samplers, generators, loader, moved=moved, widths=widths)
+
     def close(self) -> None:
         """Commit what was appended, give the stream back, and let the files go."""
         with self._view.lock:
@@ -233,8 +316,7 @@ class ReplayStore(Selection):
 
     def _open_writer(self, num_envs: int | None) -> None:
         """Take the newest stream of this many environments that nobody holds, or a new one."""
-        if not os.access(self.path / "streams", os.W_OK):
-            raise ReadOnlyError(f"{self.path}: the directory cannot be written")
+        self._check_writable()
         heads = self._view.heads
         newest = max(heads, default=-1)
         if num_envs is None:
@@ -254,13 +336,26 @@ class ReplayStore(Selection):
             return False
         try:
             if not has_head(path):
-                create_stream(path, self.schema, empty_head(self.schema, num_envs), self._root)
+                empty = empty_head(self.schema, num_envs, is_bounded=not self.bounds.is_none)
+                create_stream(path, self.schema, empty, self._root)
             head = self._newest_head(stream)
             if head.num_envs != num_envs:  # made meanwhile by somebody else
                 lock.release()
                 return False
+        except BaseException:
+            lock.release()
+            raise
+        self._view.attach(self._begin_writer(stream, lock, head))
+        return True
+
+    def _begin_writer(self, stream: int, lock: Lock, head: Head) -> StreamWriter:
+        """A writer that goes on from a stream's newest head."""
+        path = stream_path(self.path, stream)
+        try:
             keep_head(path, head, self.schema)
-            writer = StreamWriter(path, self.schema, head, number=stream, lock=lock)
+            writer = StreamWriter(
+                path, self.schema, head, number=stream, lock=lock, **self._room_of(stream, head)
+            )
         except BaseException:
             lock.release()
             raise
@@ -272,8 +367,38 @@ class ReplayStore(Selection):
             writer.discard()
             raise
         writer.start()
-        self._view.attach(writer)
-        return True
+        return writer
+
+    def _room_of(self, stream: int, head: Head) -> dict[str, Any]:
+        """What makes a writer keep within the store's bounds."""
+        if self.bounds.is_none:
+            return {}
+        rows = ring_rows(self.schema, self.bounds, head.num_envs)
+        return {"room": Room(self.path, stream, self.schema, self.bounds), "ring_rows": rows}
+
+    def _go_back(self, checkpoint: Checkpoint, num_envs: int | None) -> None:
+        """Take all streams back to a checkpoint, and go on with the one that its writer had."""
+        self._check_writable()
+        locks = lock_streams(self.path)
+
+        def begin(stream: int) -> StreamWriter:
+            head = self._newest_head(stream)
+            return self._begin_writer(stream, locks.pop(stream), head)
+
+        try:
+            self._view.refresh()
+            target = target_of(self._view, checkpoint, num_envs)
+            writer = begin(checkpoint.writer)
+            try:
+                self._moved = go_back(self._view, target, writer, begin)
+                self._view.attach(writer)
+                self._view.rebuild(target.order)
+            except BaseException:
+                writer.discard()
+                raise
+        finally:
+            for lock in locks.values():
+                lock.release()
 
     def _newest_head(self, stream: int) -> Head:
         """The head to go on from; the stream is locked, so nobody replaces it."""
@@ -299,6 +424,10 @@ class ReplayStore(Selection):
                 arrays = self._view.arrays(places, times)
                 rings = {name: array[0] for name, array in arrays.items()}
                 writer.refill(env, int(floor), int(rows - floor), rings)
+
+    def _check_writable(self) -> None:
+        if not os.access(self.path / "streams", os.W_OK):
+            raise ReadOnlyError(f"{self.path}: the directory cannot be written")
 
     def _check_open(self) -> None:
         if self._view.is_closed:

@@ -13,26 +13,26 @@ class Strata:
     """Divides the episodes of an index as it grows: each closed one is looked at once.
 
     `label(items, start)` gives the number of the stratum of every episode from number `start` on,
-    -1 for none. It begins at 0 when the index is another one than before, and is asked about open
-    episodes again.
+    -1 for none. It begins at 0 when the index is another one than before, or rows were evicted, and
+    is asked about open episodes again.
     """
 
     def __init__(self, label: Label) -> None:
         self._label = label
         self._items: EpisodeIndex | None = None
-        self._version = -1
+        self._version = self._evictions = -1
         self._closed = 0
         self._parts: list[EpisodeIndex] = []
 
     def of(self, items: EpisodeIndex, count: int = 0) -> list[EpisodeIndex]:
         """The strata, at least `count` of them; some may be empty."""
-        is_new = items is not self._items
+        is_new = items is not self._items or items.evictions != self._evictions
         if is_new:
             self._closed, self._parts = 0, []
         if is_new or items.version != self._version:
             self._items = None  # after an interrupt it begins anew
             self._divide(items)
-            self._items, self._version = items, items.version
+            self._items, self._version, self._evictions = items, items.version, items.evictions
         self._reach(count, items)
         return self._parts
 

@@ -218,16 +218,26 @@ def _flat_file(
 def _flags(
     file: Path, stream: int, name: str, cells: np.ndarray, start: int, episodes: pa.Table
 ) -> Iterator[Finding]:
-    """The flags of the rows and of the index must be the same, both ways."""
+    """The flags of the rows of episodes and of the index must be the same, both ways."""
     env, first, length = (integers(episodes, column) for column in ("env", "first_row", "length"))
     row = first + length - 1 - start
     here = (row >= 0) & (row < len(cells)) & (length > 0)
     expected = np.zeros(cells.shape, bool)
     expected[row[here], env[here]] = episodes.column(name).to_numpy()[here]
-    for time, column in np.argwhere(expected != cells):
+    named = _named(len(cells), cells.shape[1], env, first - start, first - start + length)
+    for time, column in np.argwhere((expected != cells) & named):
         where = f"row {start + time} of environment {column}"
         problem = f"{where}: the index says {expected[time, column]}, the array {cells[time, column]}"
         yield Finding(file, problem, stream, name, int(column), int(start + time), int(start + time) + 1)
+
+
+def _named(rows: int, num_envs: int, env: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Which rows are transitions of episodes, (rows, num_envs) bool; of the others nothing is expected."""
+    begins = np.zeros((rows + 1, num_envs), np.int64)
+    np.add.at(begins, (first.clip(0, rows), env), 1)
+    np.add.at(begins, (last.clip(0, rows), env), -1)
+    named: np.ndarray = begins.cumsum(axis=0)[:-1] > 0
+    return named
 
 
 def _packed_file(

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from replaystore.catalog import Catalog
-from replaystore.errors import ClosedError, ReplayStoreError
+from replaystore.errors import ClosedError, ReplayStoreError, SnapshotExpired
 from replaystore.head import Head, encode_head
 from replaystore.index import EACH, EpisodeIndex, Places, Spacing
 from replaystore.reader import Allocate, Reader, Tail
@@ -18,6 +18,7 @@ from replaystore.schema import Schema
 from replaystore.windows import Items, Window
 from replaystore.writer import StreamWriter
 
+TRIES = 100  # to read heads and map their files before a writer evicts one of them
 MAX_INDICES = 8  # of windows other than plain transitions, kept at once
 
 
@@ -43,7 +44,16 @@ class View:
         self._indices: dict[Spacing, EpisodeIndex] = {}
         self._is_behind = False  # an interrupt came while commits were taken over
         self._shown = (-1, -1)  # the writer's state that the index and the reader show
-        self.load(heads if heads is not None else self._catalog.choose_heads())
+        self._load_first(heads)
+
+    def _load_first(self, heads: Mapping[int, bytes] | None) -> None:
+        if heads is not None:
+            self.load(heads)
+            return
+        try:
+            self.load(self._catalog.choose_heads())
+        except SnapshotExpired:
+            self.renew()
 
     @property
     def heads(self) -> Mapping[int, Head]:
@@ -94,14 +104,28 @@ class View:
     def refresh(self) -> None:
         """Move to the newest commit of every stream."""
         if self._is_behind:
-            self._rebuild()
+            self.rebuild()
         heads = self._catalog.read_heads()
         self._is_behind = True
         try:
             self.load(heads)
+        except SnapshotExpired:
+            self.renew()
         except (ReplayStoreError, OSError):
             self._is_behind = False  # nothing was taken over
             raise
+        self._is_behind = False
+
+    def renew(self) -> None:
+        """Begin anew from the newest heads: files that the ones shown name were evicted."""
+        self._is_behind = True
+        for attempt in range(TRIES):
+            try:
+                self.rebuild()
+                break
+            except SnapshotExpired:
+                if attempt == TRIES - 1:
+                    raise
         self._is_behind = False
 
     def snapshot(self) -> dict[int, bytes]:
@@ -113,12 +137,15 @@ class View:
         """For each stream its newest head of which all files are there."""
         return self._catalog.choose_heads()
 
-    def load(self, heads: Mapping[int, bytes]) -> None:
-        """Take over heads; those that are known already cost nothing."""
+    def load(self, heads: Mapping[int, bytes], order: np.ndarray | None = None) -> None:
+        """Take over heads; those that are known already cost nothing. For `order` see `Catalog.take`."""
         changed = self._catalog.decode(heads)
+        if not self._catalog.goes_on(changed):
+            self.rebuild()
+            return
         if changed:
             self._reader.update(changed)
-        self._catalog.take(changed, heads)
+        self._catalog.take(changed, heads, order)
 
     def attach(self, writer: StreamWriter) -> None:
         """From now on show what this writer has as well."""
@@ -130,19 +157,32 @@ class View:
         if self.is_closed:
             raise ClosedError(f"{self.path}: the store is closed")
         if self._is_behind:
-            self._rebuild()
+            self.rebuild()
         if self.writer is not None and self._shown != self.writer.state:
             self._is_behind = True
-            with self.writer.lock:
-                state = self.writer.state
-                changed = self._catalog.catch_up()
-            if changed:
-                self._reader.update(changed)
-            if changed or self._tail is None:
-                head = self._catalog.heads[self.writer.number]
-                self._tail = Tail(self.writer.number, self.writer.floor_of(head), self.writer.ring)
-            self._shown = state
+            try:
+                self._show(self.writer)
+            except SnapshotExpired:
+                self.renew()
+                self._show(self.writer)
         self._is_behind = False
+
+    def _show(self, writer: StreamWriter) -> None:
+        with writer.lock:
+            state = writer.state
+            changed = self._catalog.catch_up()
+            if changed and self._evicts(changed):  # before the next eviction removes files
+                self._reader.update(changed)
+        if changed and not self._evicts(changed):
+            self._reader.update(changed)
+        if changed or self._tail is None:
+            head = self._catalog.heads[writer.number]
+            self._tail = Tail(writer.number, writer.floor_of(head), writer.ring)
+        self._shown = state
+
+    @staticmethod
+    def _evicts(heads: Mapping[int, Head]) -> bool:
+        return any(head.evicted is not None for head in heads.values())
 
     def after_fork(self) -> None:
         """In a forked child: another thread may have held the locks, the generator's among them."""
@@ -158,8 +198,11 @@ class View:
             for index in self._indices.values():
                 index.check()
 
-    def _rebuild(self) -> None:
-        """Begin anew from the heads: an interrupt has left the index or the reader half-way."""
+    def rebuild(self, order: np.ndarray | None = None) -> None:
+        """Begin anew from the heads: an interrupt has left the index or the reader half-way.
+
+        Or the streams went back to older commits; `order` then numbers the episodes as they were.
+        """
         heads = self._catalog.read_heads()
         catalog = Catalog(self.path, self.schema)
         reader = Reader(self.path, self.schema, cache_bytes=self._cache_bytes)
@@ -169,7 +212,7 @@ class View:
                 self.writer.forget_taken()
             self._catalog, self._reader, self._tail, self._shown = catalog, reader, None, (-1, -1)
             self._indices = {}
-            self.load(heads)
+            self.load(heads, order)
             if self.writer is not None:
                 self._catalog.attach(self.writer)
 

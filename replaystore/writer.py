@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from replaystore.commit import Pending, StreamCommitter
+from replaystore.commit import MakesRoom, Pending, StreamCommitter
 from replaystore.episodes import (
     Episode,
     OpenEpisode,
+    above,
     check_policy,
     check_seed,
     check_seeds,
@@ -31,7 +32,7 @@ from replaystore.episodes import (
 from replaystore.errors import ClosedError, CommitError, ForkError, SchemaError, UsageError
 from replaystore.files import Lock
 from replaystore.head import HEAD, Head, decode_head, read_head
-from replaystore.ring import Ring
+from replaystore.ring import MAX_ROWS, Ring
 from replaystore.schema import Schema
 
 COMMIT_SECONDS = 1.0
@@ -47,6 +48,19 @@ class Ended(NamedTuple):
     length: np.ndarray
 
 
+class Moved(NamedTuple):
+    """An open episode of `length` transitions that was recorded anew: its first row before and now."""
+
+    stream: int
+    env: int
+    old: int
+    new: int
+    length: int
+
+
+ReadRows = Callable[[Episode, int, int], Mapping[str, np.ndarray]]
+
+
 class StreamWriter:
     """Appends to one stream; its owner serialises the calls.
 
@@ -54,8 +68,22 @@ class StreamWriter:
     """
 
     def __init__(
-        self, path: Path, schema: Schema, head: Head, *, number: int, lock: Lock, clock: Clock = time.time
+        self,
+        path: Path,
+        schema: Schema,
+        head: Head,
+        *,
+        number: int,
+        lock: Lock,
+        clock: Clock = time.time,
+        room: MakesRoom | None = None,
+        ring_rows: int | None = None,
     ) -> None:
+        """Take up a stream where its head left it.
+
+        With bounds, `room` evicts what commits need room for; a commit has no more than `ring_rows`
+        rows of an environment, or those of a few chunks.
+        """
         self.path = path
         self.number = number
         self.lock = threading.RLock()
@@ -67,13 +95,15 @@ class StreamWriter:
         committer = StreamCommitter(path, schema, head)
         self._committer: StreamCommitter | None = committer
         self.head = committer.head
-        self._ring = Ring(schema, self._num_envs)
+        self._ring = Ring(schema, self._num_envs, most=MAX_ROWS if ring_rows is None else ring_rows)
+        self._room = room
         self._prepare_columns()
         self._rows: list[int] = head.rows.tolist()
         self._open: list[OpenEpisode | None] = [None] * self._num_envs
         self._closed: list[Episode] = []
         self._log: list[tuple[int, int, int]] = []
         self._changes = self._committed_changes = 0
+        self._base: Head | None = None  # while the stream goes back to it
         self._failure: CommitError | None = None
         self._closing = self._stopped = self._forked = False
         self._set_room(head)
@@ -442,6 +472,9 @@ class StreamWriter:
     def discard(self) -> None:
         """Let go of the stream without a commit."""
         self._closing = self._stopped = True
+        if self._thread.is_alive():
+            self._wake.set()
+            self._thread.join()
         self._file_lock.release()
 
     def abandon(self) -> None:
@@ -491,6 +524,57 @@ class StreamWriter:
             self._stopped = True
             self._wake.set()
 
+    # ---- going back to an older commit
+
+    def go_back(self, base: Head, read: ReadRows) -> list[Moved]:
+        """Have the episodes of an older head of this stream again, and go on with its open ones.
+
+        Later rows stay where they are, unused. An open episode is recorded anew at the end of its
+        column, from `read(episode, start, stop)`: rows of an episode by field, without those that
+        fields other than observations do not have. Returns where the open episodes are now. One
+        commit at the end makes it so; until then readers see the stream as it was.
+        """
+        with self.lock:
+            episodes = episodes_of(above(base.open, self.head.floor))
+            end = max(self._rows + [self._rows[each.env] + each.length + 1 for each in episodes])
+            for episode in episodes:
+                self._align(episode, end)
+                self._append_again(episode, read)
+            for episode in episodes:
+                self._wait_for_room(episode.env)
+            self._closed, self._log, self._base = [], [], base  # from here on no commit until all is set
+            moved = [self._open_again(episode, read) for episode in episodes]
+            self._changes += 1
+            self._commit_now()
+            self._base = None
+            return moved
+
+    def _align(self, episode: Episode, end: int) -> None:
+        """Leave rows unused where the episode's column would end more than a shard before the longest."""
+        behind = end - (self._rows[episode.env] + episode.length + 1)
+        if behind >= self._max_lag:
+            none = {name: array[:0, 0] for name, array in self._ring.arrays.items()}
+            self._append_rows(episode.env, none, behind)
+
+    def _append_again(self, episode: Episode, read: ReadRows) -> None:
+        """Append all rows of an episode but the last, in pieces of bounded memory."""
+        first, last = episode.first_row, episode.first_row + episode.length
+        for start in range(first, last, self._ring.keep * 16):
+            stop = min(start + self._ring.keep * 16, last)
+            self._append_rows(episode.env, read(episode, start, stop), stop - start)
+
+    def _open_again(self, episode: Episode, read: ReadRows) -> Moved:
+        """Append an episode's last row, and go on with it."""
+        env, last = episode.env, episode.first_row + episode.length
+        row = self._rows[env]
+        first = row - episode.length
+        self._ring.put(env, row, 1, read(episode, last, last + 1))
+        self._rows[env] = row + 1
+        described = (episode.seed, episode.start_time, episode.policy, episode.columns)
+        opened = self._open[env] = OpenEpisode(first, *described)
+        opened.reward = 0.0 if episode.episode_return is None else episode.episode_return
+        return Moved(self.number, env, episode.first_row, first, episode.length)
+
     # ---- on the background thread
 
     def serve(self) -> bool:
@@ -505,6 +589,9 @@ class StreamWriter:
             with self.lock:
                 pending = self._pending()
                 changes = self._changes
+            if self._room is not None and pending.base is None:
+                self._adopt(self._room.make(committer, pending), self._committed_changes)
+                committer.remove_evicted()
             if changes != self._committed_changes:
                 self._adopt(committer.commit(pending, self._ring), changes)
             self._adopt(committer.tidy(final=final), changes)
@@ -532,7 +619,20 @@ class StreamWriter:
 
     def _pending(self) -> Pending:
         self._settle_all()
-        return Pending(np.array(self._rows, np.int64), list(self._closed), self._open_now())
+        if self._room is not None and self._asked == self._served:  # or else a call is under way
+            self._move_on_idle()
+        return Pending(np.array(self._rows, np.int64), list(self._closed), self._open_now(), self._base)
+
+    def _move_on_idle(self) -> None:
+        """Leave rows unused in columns that lag without an episode, or they would keep rows from eviction."""
+        none = {name: array[:0, 0] for name, array in self._ring.arrays.items()}
+        for env, episode in enumerate(self._open):
+            row = self._rows[env]
+            behind, free = max(self._rows) - row, self._limit[env] - self._ring.keep - row
+            if episode is None and behind >= self._max_lag and free > 0:
+                self._ring.put(env, row, min(behind, free), none)
+                self._rows[env] += min(behind, free)
+                self._changes += 1
 
     def _open_now(self) -> list[Episode]:
         return [self._describe(env) for env, episode in enumerate(self._open) if episode is not None]

@@ -73,6 +73,10 @@ class DiskLog:
         os.unlink(path)
         self.note("unlink", str(path))
 
+    def rmdir(self, path: Any) -> None:
+        os.rmdir(path)
+        self.note("unlink", str(path))
+
 
 @dataclass
 class _Directory:

@@ -644,10 +644,10 @@ def test_a_store_that_was_half_created_can_be_created(tmp_path, monkeypatch):
 def test_a_store_of_a_newer_format_is_not_opened(tmp_path, mode):
     with ReplayStore.create(tmp_path / "store", HEAD_SCHEMA):
         pass
-    (tmp_path / "store/zarr.json").write_bytes(root(format_version=2))
+    (tmp_path / "store/zarr.json").write_bytes(root(format_version=3))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(
-        FormatTooNew, match="format version 2, this package knows up to 1: install a newer replaystore"
+        FormatTooNew, match="format version 3, this package knows up to 2: install a newer replaystore"
     ):
         ReplayStore.open(tmp_path / "store", mode)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -12,6 +12,7 @@ from replaystore.codec import blosc_settings
 from replaystore.errors import CorruptionError, FormatTooNew, ReplayStoreError
 from replaystore.field import DTYPES, Field
 from replaystore.metadata import (
+    BOUNDED_VERSION,
     FORMAT_VERSION,
     check_array,
     check_group,
@@ -144,7 +145,7 @@ def test_a_root_with_more_in_it_is_refused(key):
         parse_root(json.dumps(node).encode(), "x")
 
 
-@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99, 10**30])
+@pytest.mark.parametrize("version", [BOUNDED_VERSION + 1, 99, 10**30])
 def test_a_newer_format_is_refused_and_says_what_to_do(version):
     with pytest.raises(FormatTooNew, match=f"x: format version {version}, .*install a newer replaystore"):
         parse_root(root(format_version=version, unknown="things"), "x")

@@ -3,7 +3,7 @@
 import dataclasses
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,8 +48,16 @@ def record(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     return disk.log
 
 
-def failures(log: list[tuple], root: Path, scratch: Path, *, states: int, seed: int) -> Iterator[str]:
-    """Rebuild states at random points of the log; yields what was wrong with those that fail."""
+def failures(
+    log: list[tuple],
+    root: Path,
+    scratch: Path,
+    *,
+    states: int,
+    seed: int,
+    find: Callable[..., str | None] | None = None,
+) -> Iterator[str]:
+    """Rebuild states at random points of the log; yields what `find` finds wrong with those that fail."""
     rng = random.Random(seed)
     cuts = sorted(rng.randrange(len(log) + 1) for _ in range(states))
     image, done, acknowledged = Image(root), 0, 0
@@ -60,7 +68,7 @@ def failures(log: list[tuple], root: Path, scratch: Path, *, states: int, seed: 
         done = cut
         choice = Choice(rng.choice(STATES), rng)
         image.after_power_cut(choice, scratch)
-        problem = problem_of(scratch / "store", acknowledged, append=rng.random() < 0.2)
+        problem = (find or problem_of)(scratch / "store", acknowledged, append=rng.random() < 0.2)
         shutil.rmtree(scratch)
         if problem:
             yield f"after call {cut}, {choice.kind}: {problem}"
@@ -89,6 +97,102 @@ def test_every_state_after_a_power_cut_opens_at_a_commit(tmp_path, monkeypatch):
     small_files(monkeypatch)
     log = record(tmp_path, monkeypatch)
     assert list(failures(log, tmp_path, tmp_path / "scratch", states=400, seed=0)) == []
+
+
+BOUND = 300
+
+
+def record_evicting(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Record several times what a store may hold, with a reopening; returns the disk's log."""
+    disk = DiskLog(root)
+    monkeypatch.setattr(files, "os", disk)
+    with ReplayStore.create(root / "store", schema(), capacity=BOUND) as store:
+        recorder = Recorder(store)
+        for length in (250, 90, 61, 200, 33):
+            recorder.bulk(length)
+            store.flush()
+            disk.note("ack", recorder.count)
+    with ReplayStore.open(root / "store", "a") as store:
+        recorder = Recorder(store, start=recorder.count)
+        for steps in (40, 10, 75, 25):
+            recorder.step(steps)
+            store.flush()
+            disk.note("ack", recorder.count)
+        recorder.bulk(4000)
+    disk.note("ack", recorder.count)
+    monkeypatch.setattr(files, "os", __import__("os"))
+    return disk.log
+
+
+def problem_of_evicting(path: Path, acknowledged: int, *, append: bool) -> str | None:
+    if not (path / "zarr.json").exists():
+        return "no store" if acknowledged else None
+    try:
+        with ReplayStore.open(path, "a" if append else "r") as store:
+            store.check()
+            numbers = check_transitions(store)
+            stop = numbers[-1] + 1 if numbers else 0
+            if numbers != list(range(stop - len(numbers), stop)) or stop < acknowledged:
+                return f"{acknowledged} transitions acknowledged, found {numbers[:1]} to {stop}"
+            if len(numbers) < min(stop, BOUND // 2) or len(numbers) > BOUND:
+                return f"{len(numbers)} transitions are left of {stop}"
+            if append:
+                Recorder(store, start=stop).bulk(200)
+        if append:
+            with ReplayStore.open(path) as store:
+                assert check_transitions(store)[-200:] == list(range(stop, stop + 200))
+                named = {f"{n}" for n in store._view.heads[0].files["observation"]}
+                assert {each.name for each in (path / "streams/000000/observation/c").iterdir()} == named
+    except (ReplayStoreError, AssertionError, UserWarning) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def test_every_state_of_an_evicting_writer_opens_at_a_commit(tmp_path, monkeypatch):
+    small_files(monkeypatch)
+    log = record_evicting(tmp_path, monkeypatch)
+    scratch = tmp_path / "scratch"
+    found = failures(log, tmp_path, scratch, states=200, seed=0, find=problem_of_evicting)
+    assert list(found) == []
+    assert any(entry[0] == "unlink" and "/c/" in entry[1] for entry in log)
+
+
+def files_before_head(patch: pytest.MonkeyPatch) -> None:
+    """Files are removed before the head that no longer names them is durable."""
+    original = commit.StreamCommitter.evict
+
+    def evict(committer, floor):
+        before = committer.head
+        committer.head = dataclasses.replace(before, evicted=before.evicted._replace(floor=floor))
+        committer.remove_evicted()
+        committer.head = before
+        return original(committer, floor)
+
+    patch.setattr(commit.StreamCommitter, "evict", evict)
+
+
+def evicting_head_not_synced(patch: pytest.MonkeyPatch) -> None:
+    """The directory of the head that names less is not synced before the files go."""
+    original = commit.StreamCommitter.evict
+
+    def evict(committer, floor):
+        sync, files.sync_directory = files.sync_directory, skip
+        try:
+            return original(committer, floor)
+        finally:
+            files.sync_directory = sync
+
+    patch.setattr(commit.StreamCommitter, "evict", evict)
+
+
+@pytest.mark.parametrize("plant", [files_before_head, evicting_head_not_synced])
+def test_an_eviction_that_removes_files_too_early_is_found(tmp_path, monkeypatch, plant):
+    small_files(monkeypatch)
+    with monkeypatch.context() as patch:
+        plant(patch)
+        log = record_evicting(tmp_path, patch)
+    scratch = tmp_path / "scratch"
+    assert any(failures(log, tmp_path, scratch, states=500, seed=0, find=problem_of_evicting)), plant
 
 
 def skip(*_: object) -> None:
