@@ -7,6 +7,7 @@ from replaystore.errors import (
     FormatError,
     ReplayStoreError,
     SchemaError,
+    SnapshotExpired,
     UsageError,
 )
 from replaystore.field import Field
@@ -49,6 +50,7 @@ __all__ = [
     "Sequence",
     "SequenceBatch",
     "Shuffled",
+    "SnapshotExpired",
     "Stats",
     "Stratified",
     "Transition",
