@@ -397,8 +397,8 @@ def drop_from_cache(path: Path) -> None:
 
 
 def major_faults() -> int:
-    """How often this thread has waited for a mapped page to be read from disk."""
-    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_majflt
+    """How often this process has waited for a mapped page to be read from disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def _map(address: int | None, nbytes: int, protection: int, flags: int, descriptor: int) -> int:

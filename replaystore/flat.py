@@ -26,6 +26,7 @@ from replaystore.files import (
     read_pieces,
     read_range,
 )
+from replaystore.recycler import SMALLEST
 
 
 class FlatState(NamedTuple):
@@ -135,6 +136,7 @@ class FlatColumn:
         self._range = AddressRange(rows * field.row_nbytes)
         data = np.asarray(self._range)[: rows * field.row_nbytes]
         self.rows = data.view(field.dtype).reshape(rows, *field.shape)
+        self.few = SMALLEST // field.row_nbytes  # rows that `take` allocates memory for well
 
     def place(self, array: Path, number: int, *, row: int, rows: int) -> None:
         """Map a file of `rows` rows so that its first is row `row` of the column."""

@@ -20,7 +20,7 @@ from replaystore.flat import FlatColumn, file_checksum
 from replaystore.head import Head
 from replaystore.index import CONTEXT, Places
 from replaystore.packed import open_shard
-from replaystore.recycler import SMALLEST, Recycler
+from replaystore.recycler import Recycler
 from replaystore.schema import Schema
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
@@ -56,16 +56,18 @@ class _Rows(NamedTuple):
 class Foresight:
     """Whether it pays to ask for pages ahead: it does while they come from disk, not from memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, faults: int) -> None:
         self.is_on = False
         self._reads = self._faults = self._items = 0
+        self._before = faults
 
     def note(self, faults: int, items: int) -> None:
-        """After a read: how often it had to wait for the disk, for how many items.
+        """After a read of so many items: how often the process has waited for the disk so far.
 
-        Asking ahead begins with a read that waited for one item in 16, and goes on as long as some
+        Asking ahead begins after a read that waited for one item in 16, and goes on as long as some
         waiting is left: one for 64 items in 16 reads.
         """
+        faults, self._before = faults - self._before, faults
         if not self.is_on:
             self.is_on = faults * 16 > items
             return
@@ -86,7 +88,7 @@ class Reader:
         self._width = np.zeros(0, np.int64)
         self._lowest: np.ndarray | None = None  # by stream: the first row to be read, if some were evicted
         self._flat: dict[str, FlatColumn] = {}
-        self._foresight = Foresight()
+        self._foresight = Foresight(major_faults())
         self._recycler = Recycler()
         self._is_plain = False  # one stream of one environment: the number of a row is its time
         packed = [field for field in schema.fields if field.packed]
@@ -115,13 +117,6 @@ class Reader:
             lowest[stream] = max(0, space.head.floor - CONTEXT)
         self._lowest = lowest if lowest.any() else None
 
-    def _check_there(self, stream: np.ndarray, time: np.ndarray) -> None:
-        """Raise `SnapshotExpired` if rows were evicted: their files may be mapped no more."""
-        if self._lowest is not None and (time < self._lowest[stream]).any():
-            raise SnapshotExpired(
-                f"{self._root}: some of these rows were evicted: choose among those there are"
-            )
-
     def read(
         self,
         places: Places,
@@ -136,28 +131,30 @@ class Reader:
         """
         distinct = {id(time): time for time in times.values()}
         rows_at = {key: self._locate(places, time, tail) for key, time in distinct.items()}
-        faults = major_faults()
         if self._foresight.is_on:
             self._prefetch_flat({name: rows_at[id(time)] for name, time in times.items()})
         arrays = {}
         for name, time in times.items():
-            rows, field = rows_at[id(time)], self._schema.by_name[name]
-            is_small = time.size * field.row_nbytes < SMALLEST
-            if not field.packed and rows.held is None and time.size and is_small and allocate is None:
-                arrays[name] = self._flat[name].rows.take(rows.number, axis=0, mode="clip")
+            rows, column = rows_at[id(time)], self._flat.get(name)
+            if column is not None and allocate is None and rows.held is None and 0 < time.size <= column.few:
+                arrays[name] = column.rows.take(rows.number, 0, None, "clip")
                 continue
-            out = (allocate or self._recycler.allocate)(time.shape + field.shape, field.dtype)
-            if rows.held is None or not rows.held.all():
-                self._gather(field, rows, out.reshape(-1, *field.shape))
-            if rows.held is not None and tail is not None:
-                ring = tail.arrays[name]
-                column = np.broadcast_to(rows.env, time.shape)[rows.held]
-                out[rows.held] = ring[time[rows.held] % len(ring), column]
-            arrays[name] = out
-        self._foresight.note(major_faults() - faults, len(places.time))
+            field = self._schema.by_name[name]
+            arrays[name] = (allocate or self._recycler.allocate)(time.shape + field.shape, field.dtype)
+            self._fill(arrays[name], field, rows, tail)
+        self._foresight.note(major_faults(), len(places.time))
         for column in self._packed.values():
             column.from_disk = self._foresight.is_on
         return arrays
+
+    def _fill(self, out: np.ndarray, field: Field, rows: "_Rows", tail: Tail | None) -> None:
+        """Gather a field's rows from disk and, where the writer still holds them, from its memory."""
+        if rows.held is None or not rows.held.all():
+            self._gather(field, rows, out.reshape(-1, *field.shape))
+        if rows.held is not None and tail is not None:
+            ring = tail.arrays[field.name]
+            column = np.broadcast_to(rows.env, rows.time.shape)[rows.held]
+            out[rows.held] = ring[rows.time[rows.held] % len(ring), column]
 
     def _prefetch_flat(self, rows: Mapping[str, "_Rows"]) -> None:
         """Ask for the pages of all flat fields before the first of them is read."""
@@ -171,11 +168,15 @@ class Reader:
             prefetch(addresses, np.full(len(addresses), PAGE))
 
     def _locate(self, places: Places, time: np.ndarray, tail: Tail | None) -> "_Rows":
-        self._check_there(places.stream[(...,) + (None,) * (time.ndim - 1)], time)
+        """Find rows in the common numbering; of those that were evicted the files may be gone."""
+        wide = (...,) + (None,) * (time.ndim - 1)
+        if self._lowest is not None and (time < self._lowest[places.stream[wide]]).any():
+            raise SnapshotExpired(
+                f"{self._root}: some of these rows were evicted: choose among those there are"
+            )
         if self._is_plain:
             held = None if tail is None else time >= tail.floor[0]
             return _Rows(time, time, 0, 0, 1, held if held is not None and held.any() else None)
-        wide = (...,) + (None,) * (time.ndim - 1)
         stream, env = places.stream[wide], places.env[wide]
         base, width = self._base[stream], self._width[stream]
         held = None

@@ -126,6 +126,11 @@ class Transition:
         """Of the frames that a transition's two observations take, from its time."""
         return np.arange(1 - self.frame_stack, 2)
 
+    @cached_property
+    def _worth(self) -> np.ndarray:
+        """Of the next observation, if a single step did not terminate and if it did."""
+        return np.array([self.gamma, 0.0])
+
     def rows(self, places: Places) -> RowTimes:
         """Which rows the items at these places need."""
         start = places.time
@@ -173,7 +178,7 @@ class Transition:
     ) -> tuple[np.ndarray, np.ndarray]:
         dtype = reward.dtype if reward.dtype.kind == "f" else np.dtype(np.float64)
         if rows.steps is None:
-            return reward, np.array([self.gamma, 0.0], dtype).take(terminated)
+            return reward, self._worth.astype(dtype, copy=False).take(terminated)
         step = np.arange(self.n_step)
         within = (step < rows.steps[:, None]).reshape(*rows.reward.shape, *[1] * (reward.ndim - 2))
         weighted = np.where(within, reward, 0).astype(np.float64)

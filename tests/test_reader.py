@@ -11,15 +11,15 @@ from replaystore.reader import Foresight
 
 
 def test_asking_ahead_begins_when_reads_wait_for_the_disk_and_ends_when_none_does():
-    foresight = Foresight()
-    for faults, is_on in [(0, False), (1, False), (17, True)]:
+    foresight = Foresight(1000)
+    for faults, is_on in [(1000, False), (1001, False), (1018, True)]:
         foresight.note(faults, 256)
         assert foresight.is_on == is_on
-    for _ in range(100):
-        foresight.note(5, 256)
+    for faults in range(1018, 1518, 5):
+        foresight.note(faults, 256)
         assert foresight.is_on
     for _ in range(32):
-        foresight.note(0, 256)
+        foresight.note(1513, 256)
     assert not foresight.is_on
 
 
