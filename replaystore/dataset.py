@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, get_worker_info
 from replaystore.batches import Batches, Drawn
 from replaystore.errors import UsageError
 from replaystore.goals import Relabelled
-from replaystore.handover import Outbox, map_leaves
+from replaystore.handover import Outbox, leaves, map_leaves
 from replaystore.loader import Collated, Items, Loader, Tensors
 from replaystore.reader import Allocate
 from replaystore.samplers import InOrder, Sampler, Shuffled
@@ -27,6 +27,8 @@ from replaystore.store import CACHE_BYTES, ReplayStore
 from replaystore.windows import Transition, Window
 
 READ_AT_ONCE = 256  # items of the batches that are read together
+SENT_AT_ONCE = 1024  # the same in a worker, as a message between processes costs as much as 20 items
+SENT_BYTES = 1 << 25  # but no more than this, if that is not less than are read together otherwise
 
 
 class ReplayDataset(Dataset[Tensors]):
@@ -212,7 +214,7 @@ class ReplayDataset(Dataset[Tensors]):
         """
         if sampler is None and not shuffle:
             sampler = InOrder()
-        together = READ_AT_ONCE if isinstance(self.window, Transition | Relabelled) else 1
+        together = self._together(num_workers) if isinstance(self.window, Transition | Relabelled) else 1
         batches = Batches(
             self, batch_size, sampler=sampler, seed=seed, drop_last=drop_last, together=together
         )
@@ -228,6 +230,14 @@ class ReplayDataset(Dataset[Tensors]):
             collate_fn=Collated(),
             **kwargs,
         )
+
+    def _together(self, num_workers: int) -> int:
+        """How many items of small batches to read at once."""
+        if num_workers == 0 or not self._length:
+            return READ_AT_ONCE
+        item = self._read(np.zeros(1, np.int64))
+        fitting: int = SENT_BYTES // sum(array.nbytes for array in leaves(item))
+        return max(READ_AT_ONCE, min(SENT_AT_ONCE, fitting))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_store": None, "_selection": None, "_outbox": None}

@@ -55,12 +55,10 @@ class Loader(DataLoader[Tensors]):
         return self._each(_ahead(groups) if self._read_ahead else groups)
 
     def _each(self, groups: Iterator[Tensors]) -> Iterator[Tensors]:
-        size = self._batches.size
         for group in groups:
-            parts = map_leaves(group, lambda tensor: list(tensor.split(size)))
-            for part, ids in enumerate(parts["ids"]):
-                self._batches.given(len(ids))
-                yield map_leaves(parts, itemgetter(part))
+            for batch in _split(group, self._batches.size):
+                self._batches.given(len(batch["ids"]))
+                yield batch
         self._batches.end()
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,6 +68,16 @@ class Loader(DataLoader[Tensors]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state at the next `iter`: the same items in the same order, however many workers."""
         self._batches.load_state_dict(state)
+
+
+def _split(group: Tensors, size: int) -> Iterator[Tensors]:
+    """The batches of so many items, or the last of fewer, that were read together."""
+    if len(group["ids"]) <= size:
+        yield group
+        return
+    parts = map_leaves(group, lambda tensor: list(tensor.split(size)))
+    for part in range(len(parts["ids"])):
+        yield map_leaves(parts, itemgetter(part))
 
 
 def _ahead(groups: Iterator[Tensors]) -> Iterator[Tensors]:

@@ -143,8 +143,8 @@ class Reader:
             arrays[name] = (allocate or self._recycler.allocate)(time.shape + field.shape, field.dtype)
             self._fill(arrays[name], field, rows, tail)
         self._foresight.note(major_faults(), len(places.time))
-        for column in self._packed.values():
-            column.from_disk = self._foresight.is_on
+        for packed in self._packed.values():
+            packed.from_disk = self._foresight.is_on
         return arrays
 
     def _fill(self, out: np.ndarray, field: Field, rows: "_Rows", tail: Tail | None) -> None:
