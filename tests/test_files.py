@@ -1,11 +1,14 @@
 """Calls to the operating system that others' calls may come between."""
 
+import mmap
 import os
 import threading
 
 import numpy as np
+import pytest
 
-from replaystore.files import map_whole
+from replaystore import files
+from replaystore.files import MAX_STRETCHES, PAGE, map_whole, prefetch
 
 
 def test_file_that_is_replaced_meanwhile_is_mapped_as_it_was_or_as_it_is(tmp_path):
@@ -33,3 +36,55 @@ def test_file_that_is_replaced_meanwhile_is_mapped_as_it_was_or_as_it_is(tmp_pat
 def test_empty_file_is_mapped_as_no_bytes(tmp_path):
     (tmp_path / "empty").touch()
     assert map_whole(tmp_path / "empty").shape == (0,)
+
+
+class Calls:
+    """In the place of the C library; `answer` is what `process_madvise` returns of the bytes asked for."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.at_once, self.one_by_one = [], []
+
+    def process_madvise(self, process, address, count, advice, flags):
+        assert advice == mmap.MADV_WILLNEED
+        assert count <= MAX_STRETCHES
+        stretches = np.ctypeslib.as_array((files.ctypes.c_int64 * (2 * count)).from_address(address))
+        self.at_once += stretches.reshape(-1, 2).tolist()
+        return self.answer(int(stretches[1::2].sum()))
+
+    def madvise(self, address, length, advice):
+        assert advice == mmap.MADV_WILLNEED
+        self.one_by_one.append([address, length])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [lambda nbytes: nbytes, lambda nbytes: nbytes - PAGE, lambda nbytes: -1],
+    ids=["all", "part", "none"],
+)
+def test_pages_are_asked_for_at_once_or_else_one_by_one(answer, monkeypatch):
+    calls = Calls(answer)
+    monkeypatch.setattr(files, "_libc", calls)
+    monkeypatch.setattr(files, "_process_madvise", calls.process_madvise)
+    addresses = np.arange(1, MAX_STRETCHES + 3) * 3 * PAGE + 5
+    prefetch(addresses, np.full(len(addresses), PAGE))
+    expected = [[address - 5, PAGE + 5] for address in addresses.tolist()]
+    assert calls.at_once == expected
+    assert calls.one_by_one == ([] if answer(PAGE) == PAGE else expected)
+
+
+def test_pages_are_asked_for_one_by_one_where_the_system_has_no_other_way(monkeypatch):
+    calls = Calls(None)
+    monkeypatch.setattr(files, "_libc", calls)
+    monkeypatch.setattr(files, "_process_madvise", None)
+    prefetch(np.array([PAGE, 7 * PAGE]), np.array([10, 20]))
+    assert calls.one_by_one == [[PAGE, 10], [7 * PAGE, 20]]
+
+
+def test_pages_of_a_mapped_file_may_be_asked_for(tmp_path):
+    (tmp_path / "file").write_bytes(b"a" * 10 * PAGE)
+    data = map_whole(tmp_path / "file")
+    before = len(os.listdir("/proc/self/fd"))
+    prefetch(data.ctypes.data + np.arange(10) * PAGE, np.full(10, 100))
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert (data == ord("a")).all()
