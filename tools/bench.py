@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     much = parser.add_mutually_exclusive_group()
-    much.add_argument("--quick", action="store_true", help="smaller sizes, about 3 minutes instead of 15")
+    much.add_argument("--quick", action="store_true", help="smaller sizes, about 5 minutes instead of 15")
     much.add_argument("--full", action="store_true", help="60 s of writing, stores of up to 10^8 transitions")
     parser.add_argument(
         "--only", nargs="+", choices=SECTIONS, metavar="NAME", help=f"of {', '.join(SECTIONS)}"

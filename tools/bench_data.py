@@ -214,6 +214,12 @@ def cgroup_root() -> Path | None:
     return None
 
 
+def available_memory() -> int:
+    """Bytes that processes can still have, page cache that can be dropped included."""
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+
+
 class MemoryLimit:
     """A control group whose processes may hold `nbytes`, page cache included."""
 

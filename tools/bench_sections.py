@@ -22,6 +22,8 @@ NOT_VECTORS = {"replaystore, cached", "sb3-extra-buffers (lz4-block/1)", "sb3-ex
 BEST_OF = ("SB3 (RAM)", "cpprb (RAM)", "cpprb (mmap)", "TorchRL (memmap)")
 CACHE_BYTES = 8 << 20  # the default of `cache_bytes`
 MIB = 1 << 20
+LOW_NBYTES = 17 * 8 + 6 * 4 + 8 + 2  # of a low-dimensional row
+IN_MEMORY = "low-dimensional, numpy arrays in memory"
 
 
 def atari(bench: Bench) -> None:
@@ -155,40 +157,59 @@ def memory(bench: Bench) -> None:
 
 
 def growth(bench: Bench) -> None:
-    """Sampling time as the store grows."""
+    """Sampling time as the store grows, and that of numpy gathering the same rows in memory."""
     one = _length(bench.store("Breakout"))
-    series = {
-        "low-dimensional": [(count, bench.long_store(count), 1) for count in bench.sizes.growth],
-        "Breakout": [(one * n, bench.copied_store("Breakout", n), 4) for n in bench.sizes.copies],
-    }
-    for title, stores in series.items():
-        workers, times = [], {count: [] for count, _, _ in stores}
-        try:
-            for count, path, stack in stores:
-                say(f"growth: reading {count:,} transitions, {title}")
-                workers.append((count, Worker(bench.log)))
-                workers[-1][1].do("open_store", path=str(path), frame_stack=stack, warm=True)
-            for _ in range(bench.sizes.rounds):
-                for count, worker in workers:
-                    result = worker.do("rate", batch=256, seconds=bench.sizes.seconds)
-                    times[count].append(256e6 / result["wall"])
-        finally:
-            for _, worker in workers:
-                worker.close()
-        first = times[stores[0][0]]
+    low = {count: _opener(bench.long_store(count), 1) for count in bench.sizes.growth}
+    frames = {one * n: _opener(bench.copied_store("Breakout", n), 4) for n in bench.sizes.copies}
+    most = bench_data.available_memory() // 2 // LOW_NBYTES
+    arrays = {count: _array_maker(count) for count in bench.sizes.growth if count < most}
+    grown = {}
+    for title, series in {"low-dimensional": low, "Breakout": frames, IN_MEMORY: arrays}.items():
+        times = _batch_times(bench, title, series)
+        first = next(iter(times.values()))
         ratios = {
             n: statistics.median(b / a for a, b in zip(first, ts, strict=True)) for n, ts in times.items()
         }
         rows = [
             [f"{n:,}", f"{statistics.median(ts):,.0f} µs", f"{ratios[n]:.2f}×"] for n, ts in times.items()
         ]
-        bench.report.table(
-            f"Growth, {title}: time of a batch of 256", ["transitions", "time", "of the smallest"], rows
-        )
-        grown = ratios[stores[-1][0]]
-        what = f"growth of sampling time, {title}, {stores[0][0]:,} to {stores[-1][0]:,}"
-        bench.report.bar(what, "< 2×", f"{grown:.2f}×", grown < 2)
+        header = ["transitions", "time", "of the smallest"]
+        bench.report.table(f"Growth, {title}: time of a batch of 256", header, rows)
         bench.report.figures[f"growth, {title}"] = {str(n): ts for n, ts in times.items()}
+        grown[title] = min(times), max(times), ratios[max(times)]
+    for title in ("low-dimensional", "Breakout"):
+        least, most, ratio = grown[title]
+        what = f"growth of sampling time, {title}, {least:,} to {most:,}"
+        bench.report.bar(what, "< 2×", f"{ratio:.2f}×", ratio < 2)
+
+
+def _opener(path: Path, frame_stack: int) -> Callable[[Worker], Any]:
+    return lambda worker: worker.do("open_store", path=str(path), frame_stack=frame_stack, warm=True)
+
+
+def _array_maker(transitions: int) -> Callable[[Worker], Any]:
+    return lambda worker: worker.do("hold_arrays", transitions=transitions)
+
+
+def _batch_times(
+    bench: Bench, title: str, series: dict[int, Callable[[Worker], Any]]
+) -> dict[int, list[float]]:
+    """Microseconds of a batch of 256, by transitions; each in a process of its own, in turns."""
+    workers: dict[int, Worker] = {}
+    times: dict[int, list[float]] = {count: [] for count in series}
+    try:
+        for count, prepare in series.items():
+            say(f"growth: reading {count:,} transitions, {title}")
+            workers[count] = Worker(bench.log)
+            prepare(workers[count])
+        for _ in range(bench.sizes.rounds):
+            for count, worker in workers.items():
+                result = worker.do("rate", batch=256, seconds=bench.sizes.seconds)
+                times[count].append(256e6 / result["wall"])
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return times
 
 
 def limited(bench: Bench) -> None:

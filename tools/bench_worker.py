@@ -225,6 +225,24 @@ class _Opened:
         return self._store.sample(n, self._window, self._rng)
 
 
+def hold_arrays(transitions: int) -> None:
+    """Make arrays in memory of HalfCheetah's shapes, to gather the rows of transitions from."""
+    HELD["peer"] = _Arrays(transitions)
+
+
+class _Arrays:
+    def __init__(self, rows: int) -> None:
+        shapes = [((17,), "f8"), ((6,), "f4"), ((), "f8"), ((), "?"), ((), "?")]
+        self._columns = [np.ones((rows + 1, *shape), dtype) for shape, dtype in shapes]
+        self._rng = np.random.default_rng(0)
+
+    def sample(self, n: int) -> Any:
+        observation, *others = self._columns
+        rows = self._rng.integers(len(observation) - 1, size=n)
+        both = observation.take(rows[:, None] + np.arange(2), axis=0, mode="clip")
+        return [both, *(column.take(rows, axis=0, mode="clip") for column in others)]
+
+
 def bytes_read() -> int:
     """Bytes that this process had read from disk so far."""
     with open("/proc/self/io") as file:
