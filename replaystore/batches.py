@@ -11,19 +11,15 @@ import torch
 from torch.utils.data import Sampler as TorchSampler
 
 from replaystore.errors import UsageError
-from replaystore.samplers import Sampler, Uniform
-from replaystore.selection import Selection, check_sampler, item_of
-from replaystore.windows import Window
+from replaystore.samplers import Sampler
 
 
 class Numbered(Protocol):
     """What batches need of a dataset: its items as of one commit, which it can be moved to."""
 
-    window: Window
-
     @property
-    def selection(self) -> Selection:
-        """The episodes."""
+    def items(self) -> Any:
+        """What samplers draw from."""
 
     @property
     def commit(self) -> int:
@@ -60,19 +56,17 @@ class Batches(TorchSampler[Any]):
         dataset: Numbered,
         batch_size: int,
         *,
-        sampler: Sampler | None,
+        sampler: Sampler,
         seed: int | None,
         drop_last: bool,
         together: int | None,
     ) -> None:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise UsageError(f"batch_size: expected an int from 1, got {batch_size!r}")
-        if not len(dataset):
-            raise UsageError(f"loader: expected at least one {item_of(dataset.window)}, the store has none")
         self.size = batch_size
         self._dataset = dataset
         self._rank, self._ranks = _rank()
-        self._sampler = Uniform(replace=False, seed=seed) if sampler is None else check_sampler(sampler)
+        self._sampler = sampler
         self._rng = np.random.default_rng(seed)
         if self._ranks > 1:
             self._agree()
@@ -101,16 +95,12 @@ class Batches(TorchSampler[Any]):
     def _count(self, items: int) -> int:
         return math.floor(items / self.size) if self._drop_last else math.ceil(items / self.size)
 
-    @property
-    def _items(self) -> Any:
-        return self._dataset.selection.items(self._dataset.window)
-
     def __iter__(self) -> Iterator[Drawn]:
         with self._lock:
             if not self._is_restored or self._pass.is_over:
                 self._sampler.begin()
                 self._pending.clear()
-                self._pass = _Pass(self._sampler.left(self._items) // self._ranks, 0)
+                self._pass = _Pass(self._sampler.left(self._dataset.items) // self._ranks, 0)
             self._is_restored = False
             again = list(self._pending)
         yield from again
@@ -127,7 +117,7 @@ class Batches(TorchSampler[Any]):
                 n = n // self.size * self.size
             if n <= 0:
                 return None
-            draw = self._sampler.draw(self._items, n * self._ranks, self._rng)
+            draw = self._sampler.draw(self._dataset.items, n * self._ranks, self._rng)
             mine = slice(self._rank, None, self._ranks)
             weights = None if draw.weights is None else draw.weights[mine]
             drawn = Drawn(draw.numbers[mine], weights, self._dataset.commit)

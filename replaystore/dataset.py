@@ -6,32 +6,30 @@ for itself and decodes straight into the shared memory that it hands over (`hand
 
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch.utils.data import Dataset, get_worker_info
 
-from replaystore.batches import Batches, Drawn
+from replaystore.batches import Batches
 from replaystore.errors import UsageError
 from replaystore.goals import Relabelled
-from replaystore.handover import Outbox, leaves, map_leaves
-from replaystore.loader import Collated, Items, Loader, Tensors
+from replaystore.handover import map_leaves
+from replaystore.index import EpisodeIndex
+from replaystore.loader import Collated, Loadable, Loader, Tensors
 from replaystore.reader import Allocate
-from replaystore.samplers import InOrder, Sampler, Shuffled
-from replaystore.selection import Selection, check_window
+from replaystore.samplers import InOrder, Sampler, Shuffled, Uniform
+from replaystore.selection import Selection, check_sampler, check_window, item_of
 from replaystore.store import CACHE_BYTES, ReplayStore
 from replaystore.windows import Transition, Window
 
 READ_AT_ONCE = 256  # items of the batches that are read together
-SENT_AT_ONCE = 1024  # the same in a worker, as a message between processes costs as much as 20 items
-SENT_BYTES = 1 << 25  # but no more than this, if that is not less than are read together otherwise
 
 
-class ReplayDataset(Dataset[Tensors]):
+class ReplayDataset(Loadable):
     """The items of a store as of one commit, as dicts of tensors.
 
     `dataset[i]` is one item; `dataset.__getitems__(numbers)` a batch that was read at once. Keys
@@ -60,7 +58,7 @@ class ReplayDataset(Dataset[Tensors]):
         self._cache_bytes = cache_bytes
         self._store: ReplayStore | None = None
         self._selection: Selection | None = None
-        self._outbox: Outbox | None = None  # of a worker
+        super().__init__()
         self.refresh()
 
     def refresh(self) -> None:
@@ -113,6 +111,21 @@ class ReplayDataset(Dataset[Tensors]):
         return self._selection
 
     @property
+    def items(self) -> EpisodeIndex:
+        """The index of its items."""
+        return self.selection.items(self.window)
+
+    @property
+    def together(self) -> int:
+        """How many items the batches that are read together have."""
+        return READ_AT_ONCE if isinstance(self.window, Transition | Relabelled) else 1
+
+    def check_has_items(self) -> None:
+        """Raise `UsageError` if there is nothing to load."""
+        if not len(self):
+            raise UsageError(f"loader: expected at least one {item_of(self.window)}, {self._path} has none")
+
+    @property
     def episodes(self) -> pa.Table:
         """The table of its episodes, as `store.episodes`."""
         return self.selection.episodes
@@ -129,36 +142,7 @@ class ReplayDataset(Dataset[Tensors]):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, number: int) -> Tensors:
-        index = number + self._length if number < 0 else number
-        if not 0 <= index < self._length:
-            raise IndexError(f"expected a number below {self._length}, got {number}")
-        batch = self.batch(np.array([index]))
-        item: Tensors = map_leaves(batch, lambda tensor: tensor[0])
-        return item
-
-    def __getitems__(self, numbers: "Sequence[int] | np.ndarray | Drawn") -> "Items":
-        weights = None
-        if isinstance(numbers, Drawn):
-            drawn = numbers
-            if drawn.commit != self._commit:
-                raise UsageError(
-                    "the dataset was refreshed, but persistent workers hold the old commit: make a new loader"
-                )
-            numbers, weights = drawn.numbers, drawn.weights
-        numbers = np.asarray(numbers)
-        if get_worker_info() is None:
-            return Items(self._read(numbers, weights))
-        self._outbox = self._outbox or Outbox()
-        parcel = self._outbox.begin()
-        arrays = self._read(numbers, weights, parcel.allocate)
-        return Items(arrays, parcel.filled(arrays))
-
-    def batch(self, numbers: np.ndarray) -> Tensors:
-        """Read items by number, as one dict of tensors with the batch first."""
-        return Items(self._read(numbers)).batch
-
-    def _read(
+    def read(
         self, numbers: np.ndarray, weights: np.ndarray | None = None, allocate: Allocate | None = None
     ) -> dict[str, Any]:
         """Items by number as nested arrays, transformed."""
@@ -184,11 +168,7 @@ class ReplayDataset(Dataset[Tensors]):
         With torchdata: `StatefulDataLoader(dataset, batch_sampler=dataset.batches(256),
         collate_fn=dataset.collate_fn())`.
         """
-        return Batches(self, batch_size, sampler=sampler, seed=seed, drop_last=drop_last, together=None)
-
-    def collate_fn(self) -> "Collated":
-        """What makes a batch of `__getitems__`'s result, without collating it again."""
-        return Collated()
+        return self._draws(batch_size, sampler, seed=seed, drop_last=drop_last, together=None)
 
     def loader(
         self,
@@ -214,12 +194,9 @@ class ReplayDataset(Dataset[Tensors]):
         """
         if sampler is None and not shuffle:
             sampler = InOrder()
-        together = self._together(num_workers) if isinstance(self.window, Transition | Relabelled) else 1
-        batches = Batches(
-            self, batch_size, sampler=sampler, seed=seed, drop_last=drop_last, together=together
-        )
         if isinstance(sampler, Shuffled):
             self.reserve(2 * sampler.pool)
+        batches = self._draws(batch_size, sampler, seed=seed, drop_last=drop_last, together=self.together)
         return Loader(
             self,
             batches,
@@ -231,16 +208,21 @@ class ReplayDataset(Dataset[Tensors]):
             **kwargs,
         )
 
-    def _together(self, num_workers: int) -> int:
-        """How many items of small batches to read at once."""
-        if num_workers == 0 or not self._length:
-            return READ_AT_ONCE
-        item = self._read(np.zeros(1, np.int64))
-        fitting: int = SENT_BYTES // sum(array.nbytes for array in leaves(item))
-        return max(READ_AT_ONCE, min(SENT_AT_ONCE, fitting))
+    def _draws(
+        self,
+        batch_size: int,
+        sampler: Sampler | None,
+        *,
+        seed: int | None,
+        drop_last: bool,
+        together: int | None,
+    ) -> Batches:
+        self.check_has_items()
+        sampler = Uniform(replace=False, seed=seed) if sampler is None else check_sampler(sampler)
+        return Batches(self, batch_size, sampler=sampler, seed=seed, drop_last=drop_last, together=together)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_store": None, "_selection": None, "_outbox": None}
+        return super().__getstate__() | {"_store": None, "_selection": None}
 
 
 def _fingerprint(heads: dict[int, bytes]) -> int:

@@ -1,16 +1,20 @@
 """The DataLoader: batches that are read at once, in this process or in workers, and not collated again."""
 
+import abc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from replaystore.batches import Batches
-from replaystore.handover import Inbox, Parcel, map_leaves
+from replaystore.batches import Batches, Drawn
+from replaystore.errors import UsageError
+from replaystore.handover import Inbox, Outbox, Parcel, map_leaves
+from replaystore.reader import Allocate
 
 Tensors = dict[str, Any]
 
@@ -35,6 +39,63 @@ class Items(Sequence[Tensors]):
 
     def __getitem__(self, number: Any) -> Any:
         return map_leaves(self.batch, lambda tensor: tensor[number])
+
+
+class Loadable(Dataset[Tensors], abc.ABC):
+    """A map-style dataset of which batches are read at once, here or in a worker."""
+
+    def __init__(self) -> None:
+        self._outbox: Outbox | None = None  # of a worker
+
+    @property
+    @abc.abstractmethod
+    def commit(self) -> int:
+        """A checksum of the commit that the dataset shows, to tell it from others."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def read(
+        self, numbers: np.ndarray, weights: np.ndarray | None = None, allocate: Allocate | None = None
+    ) -> dict[str, Any]:
+        """Items by number as nested arrays, transformed."""
+
+    def __getitem__(self, number: int) -> Tensors:
+        index = number + len(self) if number < 0 else number
+        if not 0 <= index < len(self):
+            raise IndexError(f"expected a number below {len(self)}, got {number}")
+        batch = self.batch(np.array([index]))
+        item: Tensors = map_leaves(batch, lambda tensor: tensor[0])
+        return item
+
+    def __getitems__(self, numbers: Sequence[int] | np.ndarray | Drawn) -> Items:
+        weights = None
+        if isinstance(numbers, Drawn):
+            drawn = numbers
+            if drawn.commit != self.commit:
+                raise UsageError(
+                    "the dataset was refreshed, but persistent workers hold the old commit: make a new loader"
+                )
+            numbers, weights = drawn.numbers, drawn.weights
+        numbers = np.asarray(numbers)
+        if get_worker_info() is None:
+            return Items(self.read(numbers, weights))
+        self._outbox = self._outbox or Outbox()
+        parcel = self._outbox.begin()
+        arrays = self.read(numbers, weights, parcel.allocate)
+        return Items(arrays, parcel.filled(arrays))
+
+    def batch(self, numbers: np.ndarray) -> Tensors:
+        """Read items by number, as one dict of tensors with the batch first."""
+        return Items(self.read(numbers)).batch
+
+    def collate_fn(self) -> "Collated":
+        """What makes a batch of `__getitems__`'s result, without collating it again."""
+        return Collated()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_outbox": None}
 
 
 class Loader(DataLoader[Tensors]):
