@@ -12,6 +12,7 @@ from torch.utils.data import Sampler as TorchSampler
 
 from replaystore.errors import UsageError
 from replaystore.samplers import Sampler
+from replaystore.windows import new_seeds
 
 
 class Numbered(Protocol):
@@ -25,6 +26,10 @@ class Numbered(Protocol):
     def commit(self) -> int:
         """Tells the commit from others."""
 
+    @property
+    def takes_seeds(self) -> bool:
+        """Whether an item is read with a seed."""
+
     def __len__(self) -> int: ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -35,11 +40,18 @@ class Numbered(Protocol):
 
 
 class Drawn(NamedTuple):
-    """Items to read at once, their weights, and the commit of the dataset that they count in."""
+    """Items to read at once, their weights and seeds, and the commit of the dataset that they count in."""
 
     numbers: np.ndarray
     weights: np.ndarray | None
+    seeds: np.ndarray | None
     commit: int
+
+    def part(self, which: slice) -> "Drawn":
+        """Some of the items."""
+        weights = None if self.weights is None else self.weights[which]
+        seeds = None if self.seeds is None else self.seeds[which]
+        return Drawn(self.numbers[which], weights, seeds, self.commit)
 
 
 class Batches(TorchSampler[Any]):
@@ -118,9 +130,9 @@ class Batches(TorchSampler[Any]):
             if n <= 0:
                 return None
             draw = self._sampler.draw(self._dataset.items, n * self._ranks, self._rng)
-            mine = slice(self._rank, None, self._ranks)
-            weights = None if draw.weights is None else draw.weights[mine]
-            drawn = Drawn(draw.numbers[mine], weights, self._dataset.commit)
+            seeds = new_seeds(len(draw.numbers), self._rng) if self._dataset.takes_seeds else None
+            drawn = Drawn(draw.numbers, draw.weights, seeds, self._dataset.commit)
+            drawn = drawn.part(slice(self._rank, None, self._ranks))
             self._pass = _Pass(total, done + n)
             if self._is_told:
                 self._pending.append(drawn)
@@ -131,8 +143,7 @@ class Batches(TorchSampler[Any]):
         with self._lock:
             first = self._pending.popleft()
             if items < len(first.numbers):
-                weights = None if first.weights is None else first.weights[items:]
-                self._pending.appendleft(first._replace(numbers=first.numbers[items:], weights=weights))
+                self._pending.appendleft(first.part(slice(items, None)))
 
     def end(self) -> None:
         """Say that the pass has come to its end: the next one begins anew, also after a restart."""
@@ -149,7 +160,7 @@ class Batches(TorchSampler[Any]):
                 "sampler": self._sampler.state_dict(),
                 "rng": self._rng.bit_generator.state,
                 "pass": tuple(self._pass),
-                "pending": [(drawn.numbers, drawn.weights) for drawn in self._pending],
+                "pending": [tuple(drawn[:3]) for drawn in self._pending],
                 "share": (self._rank, self._ranks),
             }
             state |= self._dataset.state_dict()
@@ -173,7 +184,7 @@ class Batches(TorchSampler[Any]):
             self._rng.bit_generator.state = state["rng"]
             self._pass = _Pass(*state["pass"])
             commit = self._dataset.commit
-            self._pending = deque(Drawn(numbers, weights, commit) for numbers, weights in state["pending"])
+            self._pending = deque(Drawn(n, w, s, commit) for n, w, s in state["pending"])
             self._is_restored = True
 
 

@@ -24,7 +24,7 @@ from replaystore.reader import Allocate
 from replaystore.samplers import InOrder, Sampler, Shuffled, Uniform
 from replaystore.selection import Selection, check_sampler, check_window, item_of
 from replaystore.store import CACHE_BYTES, ReplayStore
-from replaystore.windows import Transition, Window
+from replaystore.windows import Transition, Window, takes_seeds
 
 READ_AT_ONCE = 256  # items of the batches that are read together
 
@@ -116,6 +116,11 @@ class ReplayDataset(Loadable):
         return self.selection.items(self.window)
 
     @property
+    def takes_seeds(self) -> bool:
+        """Whether an item is read with a seed."""
+        return takes_seeds(self.window)
+
+    @property
     def together(self) -> int:
         """How many items the batches that are read together have."""
         return READ_AT_ONCE if isinstance(self.window, Transition | Relabelled) else 1
@@ -143,10 +148,17 @@ class ReplayDataset(Loadable):
         return self._length
 
     def read(
-        self, numbers: np.ndarray, weights: np.ndarray | None = None, allocate: Allocate | None = None
+        self,
+        numbers: np.ndarray,
+        weights: np.ndarray | None = None,
+        seeds: np.ndarray | None = None,
+        allocate: Allocate | None = None,
     ) -> dict[str, Any]:
-        """Items by number as nested arrays, transformed."""
-        arrays = _named(self.selection.read(numbers, self.window, weights=weights, allocate=allocate))
+        """Items by number as nested arrays, transformed; with the weights and seeds that were drawn."""
+        window = self.window
+        if seeds is not None and takes_seeds(window):
+            window = window.seeded(seeds)
+        arrays = _named(self.selection.read(numbers, window, weights=weights, allocate=allocate))
         if self._transform is None:
             return arrays
         batch = self._transform(map_leaves(arrays, torch.from_numpy))

@@ -2,6 +2,7 @@
 2017, arXiv 1707.01495, strategy "future").
 """
 
+import copy
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping
@@ -11,8 +12,9 @@ import numpy as np
 
 from replaystore.errors import UsageError
 from replaystore.index import Places, Spacing
+from replaystore.orders import mixed
 from replaystore.schema import Nested, Schema
-from replaystore.windows import Batch, Items, RowTimes, Transition
+from replaystore.windows import Batch, Items, RowTimes, Transition, new_seeds
 
 ACHIEVED = "observation/achieved_goal"
 DESIRED = "observation/desired_goal"
@@ -47,12 +49,11 @@ class Relabelled:
     followed the action, and `info` holds the recorded `info/…` fields, or nothing. `terminated` and
     `discount` stay as recorded: reaching a goal that was not pursued ended nothing.
 
-    Which transitions and which goals depends on `seed`, the number of batches read before with
-    this object, and the places of the batch's items. So a batch read again has other goals, workers
-    draw apart, and the same seed and order of reads give the same again. Workers that are begun
-    anew for each epoch count from 0 again, and so repeat goals where a batch is the same one:
-    shuffle, or use `persistent_workers`. For workers that are spawned, `reward` has to be a
-    function at the top of a module.
+    Which transitions and which goals is drawn with the items: by the generator of `store.sample`,
+    or by that of a loader, whose seed and state give the same goals again with any number of
+    workers. Items that are read by number get goals that depend on `seed`, the number of batches
+    read before with this object, and the places of the batch's items. For workers that are spawned,
+    `reward` has to be a function at the top of a module.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Relabelled:
         self._share = 1 - 1 / (goals + 1)
         self._seed = secrets.randbits(63) if seed is None else seed
         self._reads = 0
+        self._seeds: np.ndarray | None = None  # of the items of the next batch, if they were drawn
 
     def __repr__(self) -> str:
         return f"Relabelled({self.window})"
@@ -80,19 +82,26 @@ class Relabelled:
         return self.window.spacing
 
     def rows(self, places: Places) -> GoalTimes:
-        """Which rows the items at these places need; the goals are drawn here."""
-        rng = self._generator(places)
+        """Which rows the items at these places need, those of their goals among them."""
+        seeds = self._read_seeds(places) if self._seeds is None else self._seeds
+        words = mixed(seeds.astype(np.uint64))
+        later = (_fractions(mixed(words)) * (places.last - places.time)).astype(np.int64)
         transitions = self.window.rows(places)
-        is_relabelled = rng.random(len(places.time)) < self._share
-        goal = rng.integers(places.time + 1, places.last + 1)
-        achieved = np.concatenate([transitions.observation, goal[:, None]], axis=1)
-        return GoalTimes(transitions, achieved, is_relabelled)
+        achieved = np.concatenate([transitions.observation, (places.time + 1 + later)[:, None]], axis=1)
+        return GoalTimes(transitions, achieved, _fractions(words) < self._share)
 
-    def _generator(self, places: Places) -> np.random.Generator:
+    def seeded(self, seeds: np.ndarray) -> "Relabelled":
+        """The window of the next batch, with the goal of each item as its seed says; (batch,) int64."""
+        window = copy.copy(self)
+        window._seeds = seeds
+        return window
+
+    def _read_seeds(self, places: Places) -> np.ndarray:
+        """The seeds of items that are read by number."""
         where = np.stack([places.stream, places.env, places.time]).tobytes()
         hashed = int.from_bytes(hashlib.blake2b(where, digest_size=16).digest(), "little")
         self._reads += 1
-        return np.random.default_rng([self._seed, self._reads, hashed])
+        return new_seeds(len(places.time), np.random.default_rng([self._seed, self._reads, hashed]))
 
     def batch(
         self, rows: GoalTimes, arrays: Mapping[str, np.ndarray], *, schema: Schema, items: Items
@@ -107,6 +116,12 @@ class Relabelled:
             rewards = self._reward(own[ACHIEVED][chosen, -1], goal[chosen], _info(schema, arrays, chosen))
             own["reward"][chosen] = _checked(rewards, own["reward"][chosen])
         return self.window.batch(rows.transitions, own, schema=schema, items=items)
+
+
+def _fractions(words: np.ndarray) -> np.ndarray:
+    """Numbers from 0 to below 1, float64, from random words of 64 bits."""
+    fractions: np.ndarray = (words >> np.uint64(11)) * 2.0**-53
+    return fractions
 
 
 def _check_schema(schema: Schema) -> None:

@@ -57,9 +57,13 @@ class Loadable(Dataset[Tensors], abc.ABC):
 
     @abc.abstractmethod
     def read(
-        self, numbers: np.ndarray, weights: np.ndarray | None = None, allocate: Allocate | None = None
+        self,
+        numbers: np.ndarray,
+        weights: np.ndarray | None = None,
+        seeds: np.ndarray | None = None,
+        allocate: Allocate | None = None,
     ) -> dict[str, Any]:
-        """Items by number as nested arrays, transformed."""
+        """Items by number as nested arrays, transformed; with the weights and seeds that were drawn."""
 
     def __getitem__(self, number: int) -> Tensors:
         index = number + len(self) if number < 0 else number
@@ -70,20 +74,16 @@ class Loadable(Dataset[Tensors], abc.ABC):
         return item
 
     def __getitems__(self, numbers: Sequence[int] | np.ndarray | Drawn) -> Items:
-        weights = None
-        if isinstance(numbers, Drawn):
-            drawn = numbers
-            if drawn.commit != self.commit:
-                raise UsageError(
-                    "the dataset was refreshed, but persistent workers hold the old commit: make a new loader"
-                )
-            numbers, weights = drawn.numbers, drawn.weights
-        numbers = np.asarray(numbers)
+        drawn = numbers if isinstance(numbers, Drawn) else Drawn(np.asarray(numbers), None, None, self.commit)
+        if drawn.commit != self.commit:
+            raise UsageError(
+                "the dataset was refreshed, but persistent workers hold the old commit: make a new loader"
+            )
         if get_worker_info() is None:
-            return Items(self.read(numbers, weights))
+            return Items(self.read(*drawn[:3]))
         self._outbox = self._outbox or Outbox()
         parcel = self._outbox.begin()
-        arrays = self.read(numbers, weights, parcel.allocate)
+        arrays = self.read(*drawn[:3], parcel.allocate)
         return Items(arrays, parcel.filled(arrays))
 
     def batch(self, numbers: np.ndarray) -> Tensors:

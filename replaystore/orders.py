@@ -44,8 +44,8 @@ class Order:
     def _scramble(self, numbers: np.ndarray) -> np.ndarray:
         low, high = numbers & self._low_mask, numbers >> self._low_bits
         for first, second in self._keys.reshape(-1, 2):
-            high ^= _mixed(low ^ first) & self._high_mask
-            low ^= _mixed(high ^ second) & self._low_mask
+            high ^= mixed(low ^ first) & self._high_mask
+            low ^= mixed(high ^ second) & self._low_mask
         scrambled: np.ndarray = (high << self._low_bits) | low
         return scrambled
 
@@ -106,7 +106,7 @@ class PooledOrder:
         return self._held[1]
 
 
-def _mixed(words: np.ndarray) -> np.ndarray:
+def mixed(words: np.ndarray) -> np.ndarray:
     """Mix 64-bit words (the finalizer of splitmix64, Steele, Lea and Flood 2014)."""
     words = words + GOLDEN
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

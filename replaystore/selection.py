@@ -15,7 +15,7 @@ from replaystore.reader import Allocate
 from replaystore.samplers import Sampler, Uniform
 from replaystore.stats import Stats, field_stats
 from replaystore.view import View
-from replaystore.windows import Transition, Window
+from replaystore.windows import Transition, Window, new_seeds, takes_seeds
 
 _PLAIN = Transition()
 _UNIFORM = Uniform()
@@ -112,6 +112,8 @@ class Selection:
         if not len(index):
             raise UsageError(f"sample: expected at least one {item_of(window)}, {self._view.path} has none")
         draw = sampler.draw(index, n, rng)
+        if takes_seeds(window):
+            window = window.seeded(new_seeds(len(draw.numbers), rng))
         return self._view.read(index.locate(draw.numbers), window, weights=draw.weights)
 
     def _renew(self) -> None:

@@ -8,7 +8,7 @@ with n_step > 1 the two stacks share few frames, so each is read for itself.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 
@@ -65,6 +65,23 @@ class Window(Protocol):
 
     def batch(self, rows: Any, arrays: Mapping[str, np.ndarray], *, schema: Schema, items: Items) -> Any:
         """Shape what was read, `arrays` with each field at the rows asked for, into a named tuple."""
+
+
+class Seeded(Window, Protocol):
+    """A window of which an item is partly random."""
+
+    def seeded(self, seeds: np.ndarray) -> Window:
+        """The window of the next batch, each of whose items follows from its seed; (batch,) int64."""
+
+
+def takes_seeds(window: Window) -> TypeGuard[Seeded]:
+    """Whether whoever draws items for a window draws a seed for each of them as well."""
+    return hasattr(window, "seeded")
+
+
+def new_seeds(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Seeds of items, int64 from 0."""
+    return rng.integers(1 << 63, size=n)
 
 
 class RowTimes(NamedTuple):

@@ -6,6 +6,7 @@ import pytest
 from replaystore import Field, ReplayStore, Schema, Transition, UsageError
 from replaystore.dataset import ReplayDataset
 from replaystore.goals import Relabelled
+from replaystore.prioritized import Prioritized
 
 FLAGS = (Field("terminated", (), "bool"), Field("truncated", (), "bool"))
 LENGTHS = (7, 1, 12, 3)
@@ -134,20 +135,57 @@ def test_the_function_gets_the_recorded_info(tmp_path):
     assert set(batch.reward.tolist()) == {-1.0, -6.0}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_draw_goals_apart_and_the_same_with_the_same_seed(tmp_path, workers):
-    with goal_store(tmp_path / "store", lengths=(40, 40)):
-        pass
+def goals_of(batches):
+    return [batch["observation"]["desired_goal"][:, 0].tolist() for batch in batches]
 
-    def epochs():
-        dataset = ReplayDataset(tmp_path / "store", Relabelled(reached, seed=5))
-        loader = dataset.loader(8, seed=5, num_workers=workers)
-        return [[batch["observation"]["desired_goal"][:, 0].tolist() for batch in loader] for _ in range(2)]
 
-    first = epochs()
-    assert first == epochs()
+def test_goals_of_a_loader_are_those_of_its_seed_whoever_reads(tmp_path):
+    goal_store(tmp_path / "store", lengths=(300, 300)).close()
+
+    def epochs(window, **options):
+        loader = ReplayDataset(tmp_path / "store", window).loader(16, **options)
+        return [goals_of(loader), goals_of(loader)]
+
+    first = epochs(Relabelled(reached, seed=1), seed=5)
     assert first[0] != first[1]
     assert all(any(goal != GOAL for goal in batch) for batch in first[0])
+    window = Relabelled(reached, seed=2)
+    assert epochs(window, seed=5, num_workers=2) == first
+    assert epochs(window, seed=5, num_workers=1, persistent_workers=True) == first
+    assert epochs(window, seed=5, read_ahead=True) == first
+    assert epochs(window, seed=6) != first
+
+
+@pytest.mark.parametrize("stop", [0, 1, 17, 25])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_loader_that_is_stopped_goes_on_with_the_same_goals(tmp_path, stop, adaptive):
+    """Also in the midst of what is read at once, with another number of workers."""
+    goal_store(tmp_path / "store", lengths=(300, 300)).close()
+
+    def make(seed, workers):
+        dataset = ReplayDataset(tmp_path / "store", Relabelled(reached))
+        return dataset.loader(15, sampler=Prioritized() if adaptive else None, seed=seed, num_workers=workers)
+
+    loader = make(5, 0)
+    batches = iter(loader)
+    for _ in range(stop):
+        next(batches)
+    state = loader.state_dict()
+    expected = goals_of(batches) + goals_of(loader)
+    for workers in (0, 2):
+        again = make(7, workers)
+        again.load_state_dict(state)
+        assert goals_of(again) + goals_of(again) == expected
+
+
+def test_goals_of_samples_are_those_of_the_generator(tmp_path):
+    with goal_store(tmp_path / "store") as store:
+        batches = [
+            store.sample(64, Relabelled(reached, seed=window), np.random.default_rng(seed))
+            for window, seed in [(0, 0), (1, 0), (0, 1)]
+        ]
+    goals = [batch.observation["desired_goal"].tolist() for batch in batches]
+    assert goals[0] == goals[1] != goals[2]
 
 
 def test_sampling_draws_relabelled_items_of_a_growing_store(tmp_path):
