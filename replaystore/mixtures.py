@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from replaystore.errors import UsageError
 from replaystore.index import EpisodeIndex
 from replaystore.samplers import Draw, Sampler, Uniform, translate
+from replaystore.schema import Schema
 from replaystore.selection import Selection, check_sampler, check_window, evaluate
 from replaystore.strata import Strata
 from replaystore.windows import Window
@@ -31,7 +32,7 @@ class HasEpisodes(Protocol):
         """The table of episodes."""
 
 
-class _Mixture(Sampler):
+class Mixture(Sampler):
     """Draws from component samplers, each of which may come to the end of a pass and begin anew."""
 
     def __init__(self, samplers: Sequence[Sampler], shares: Sequence[Any]) -> None:
@@ -60,7 +61,7 @@ class _Mixture(Sampler):
             sampler.check()
 
 
-class Mixed(_Mixture):
+class Mixed(Mixture):
     """A weighted mixture of samplers over the same items: `Mixed([(Uniform(), 1), (Recent(…), 3)])`.
 
     `Draw.probabilities` are those of the mixture, the sum over the samplers of share times
@@ -68,7 +69,7 @@ class Mixed(_Mixture):
     """
 
     def __init__(self, samplers: Sequence[tuple[Sampler, float]]) -> None:
-        parts = _pairs("Mixed", samplers)
+        parts = pairs("Mixed", samplers)
         super().__init__([check_sampler(sampler) for sampler, _ in parts], [share for _, share in parts])
 
     def draw(self, items: EpisodeIndex, n: int, rng: np.random.Generator) -> Draw:
@@ -78,7 +79,7 @@ class Mixed(_Mixture):
             for sampler, count in zip(self._samplers, counts, strict=True)
             if count
         ]
-        joined = _interleaved(draws, rng)
+        joined = interleaved(draws, rng)
         return joined._replace(probabilities=self.probability(items, joined.numbers))
 
     def probability(self, items: EpisodeIndex, numbers: np.ndarray) -> np.ndarray:
@@ -87,7 +88,7 @@ class Mixed(_Mixture):
         return probability
 
 
-class Stratified(_Mixture):
+class Stratified(Mixture):
     """Given shares of the draws from given kinds of episodes: `Stratified(store, {"demo": 1, None: 1})`.
 
     `by` is a column of the episode table, or a pyarrow expression on it; `shares` says how much of
@@ -136,7 +137,7 @@ class Stratified(_Mixture):
                         probabilities=shares[number] * draw.probabilities,
                     )
                 )
-        return _interleaved(draws, rng)
+        return interleaved(draws, rng)
 
     def probability(self, items: EpisodeIndex, numbers: np.ndarray) -> np.ndarray:
         parts = self._strata.of(items, len(self._values))
@@ -220,17 +221,11 @@ class MixedStores:
     """
 
     def __init__(self, selections: Sequence[tuple[Selection, float]]) -> None:
-        parts = _pairs("MixedStores", selections)
-        if len(parts) > MAX_STORES:
-            raise UsageError(f"MixedStores: expected up to {MAX_STORES} stores, got {len(parts)}")
+        parts = pairs("MixedStores", selections)
+        check_number("MixedStores", len(parts))
         self._selections = [_check_selection(selection) for selection, _ in parts]
         self._shares = _normalized("MixedStores", [share for _, share in parts])
-        for number, selection in enumerate(self._selections):
-            difference = self._selections[0].schema.difference(selection.schema)
-            if difference is not None:
-                raise UsageError(
-                    f"MixedStores: store {number} has another schema than the first: {difference}"
-                )
+        check_alike("MixedStores", [selection.schema for selection in self._selections])
 
     def sample(
         self,
@@ -284,7 +279,7 @@ def _concatenated(draws: Sequence[Draw]) -> Draw:
     return Draw(np.concatenate(numbers), np.concatenate(probabilities), joined)
 
 
-def _interleaved(draws: Sequence[Draw], rng: np.random.Generator) -> Draw:
+def interleaved(draws: Sequence[Draw], rng: np.random.Generator) -> Draw:
     """Join draws so that every stretch of the result has about its share of each."""
     if len(draws) == 1:
         return draws[0]
@@ -304,10 +299,24 @@ def _joined(parts: Sequence[Any]) -> Any:
     return np.concatenate(parts)
 
 
-def _pairs(name: str, pairs: Any) -> list[tuple[Any, Any]]:
+def pairs(name: str, pairs: Any) -> list[tuple[Any, Any]]:
     if not isinstance(pairs, Sequence) or not pairs or not all(_is_pair(pair) for pair in pairs):
         raise UsageError(f"{name}: expected a list of pairs of which the second is a share, got {pairs!r}")
     return list(pairs)
+
+
+def check_number(name: str, stores: int) -> None:
+    """Raise `UsageError` for more stores than ids can tell apart."""
+    if stores > MAX_STORES:
+        raise UsageError(f"{name}: expected up to {MAX_STORES} stores, got {stores}")
+
+
+def check_alike(name: str, schemas: Sequence[Schema]) -> None:
+    """Raise `UsageError` unless all stores have the first one's schema."""
+    for number, schema in enumerate(schemas):
+        difference = schemas[0].difference(schema)
+        if difference is not None:
+            raise UsageError(f"{name}: store {number} has another schema than the first: {difference}")
 
 
 def _is_pair(pair: Any) -> bool:

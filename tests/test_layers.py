@@ -62,6 +62,7 @@ LAYER = {
     "spaces": 11,
     "recorder": 12,
     "sb3_rows": 12,
+    "mixed_dataset": 13,
     "bench": 13,
     "sb3": 13,
     "cli": 14,
