@@ -33,6 +33,15 @@ def check_bounds(bounds: Bounds) -> None:
         raise UsageError(f"max_age: expected None or a number of seconds above 0, got {age!r}")
 
 
+def check_bounds_are(stored: Bounds, given: Bounds, where: str) -> None:
+    """Raise `UsageError` for a bound that is given and is not the one that a store was created with."""
+    check_bounds(given)
+    for name, expected, found in zip(Bounds._fields, stored, given, strict=True):
+        if found is not None and found != expected:
+            kept = "none" if expected is None else str(expected)
+            raise UsageError(f"{name}: expected {kept}, as {where} was created with, got {found}")
+
+
 def bounds_to_json(bounds: Bounds) -> dict[str, Any]:
     return bounds._asdict()
 

@@ -13,6 +13,7 @@ from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 from tqdm import tqdm
 
 from replaystore import bench
+from replaystore.bounds import Bounds
 from replaystore.episodes import integers
 from replaystore.errors import ReplayStoreError, UsageError
 from replaystore.recorder import RecordReplay, RecordVectorReplay
@@ -52,6 +53,15 @@ def _parser() -> argparse.ArgumentParser:
         "--atari", action="store_true", help="grey 84×84 frames, four emulator frames a step, stacks of four"
     )
     record.add_argument("--seed", type=int, default=None, help="of the environment and the random policy")
+    record.add_argument(
+        "--capacity", type=int, default=None, help="transitions that a new store keeps at most"
+    )
+    record.add_argument(
+        "--capacity-bytes", type=int, default=None, help="bytes on disk that it takes at most"
+    )
+    record.add_argument(
+        "--max-age", type=float, default=None, help="seconds that it keeps an episode at most"
+    )
     record.set_defaults(run=_record)
     info = commands.add_parser("info", help="say what a store holds")
     info.add_argument("path", type=Path)
@@ -86,7 +96,8 @@ def _record(options: argparse.Namespace) -> int:
     policy = None if options.policy == "random" else _load_policy(Path(options.policy))
     env = _make_env(options)
     record = RecordVectorReplay if options.num_envs > 1 else RecordReplay
-    recorder: Any = record(env, options.path, policy=Path(options.policy).stem)
+    bounds = {name: getattr(options, name) for name in Bounds._fields}
+    recorder: Any = record(env, options.path, policy=Path(options.policy).stem, **bounds)
     try:
         recorder.action_space.seed(options.seed)
         policy = policy or (lambda observation: recorder.action_space.sample())
@@ -161,6 +172,7 @@ def _info(options: argparse.Namespace) -> int:
             ("episodes", f"{store.num_episodes:,}"),
             ("streams", f"{len(np.unique(integers(episodes, 'stream')))}"),
             ("bytes on disk", f"{store.nbytes:,} ({store.nbytes / max(1, len(store)):.1f} a transition)"),
+            ("bounds", _bounds(store.bounds)),
         ]
         if len(episodes):
             returns = episodes["return"].drop_null().to_numpy()
@@ -172,6 +184,13 @@ def _info(options: argparse.Namespace) -> int:
     width = max(len(name) for name, _ in rows)
     sys.stdout.write("".join(f"{name:<{width}}  {value}\n" for name, value in rows))
     return 0
+
+
+def _bounds(bounds: Bounds) -> str:
+    """What a store keeps at most, in words."""
+    units = ("transitions", "bytes", "seconds")
+    given = [f"{bound:,} {unit}" for bound, unit in zip(bounds, units, strict=True) if bound is not None]
+    return ", ".join(given) or "none"
 
 
 def _findings(path: Path) -> list[Finding]:

@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from replaystore.bounds import Bounds, check_bounds_are
 from replaystore.codec import crc32c
 from replaystore.errors import CommitError, SchemaError, UsageError
 from replaystore.field import Field
@@ -165,11 +166,13 @@ def _open_or_create(
     spec: str | None,
     stack: FrameStack | None,
     at: str | None,
+    bounds: Bounds,
 ) -> ReplayStore:
     frames = stack.length if stack else 1
     if at is None and not os.path.lexists(os.path.join(path, "zarr.json")):
-        return ReplayStore.create(path, schema, num_envs, env_spec=spec, frame_stack=frames)
+        return ReplayStore.create(path, schema, num_envs, *bounds, env_spec=spec, frame_stack=frames)
     with ReplayStore.open(path) as existing:
+        check_bounds_are(existing.bounds, bounds, str(path))
         difference = existing.schema.difference(schema)
         if difference is None and existing.frame_stack != frames:
             difference = f"expected a stack of {existing.frame_stack} frames, got {frames}"
@@ -187,7 +190,8 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
     user's own: `info/NAME` is taken from the environment's info, any other from `annotate`.
     `policy` tags the episodes that begin from now on, and `columns` describes them. `at` goes on from
     a checkpoint of the store; the environment begins anew, so an episode that was open then ends at
-    the first `reset`.
+    the first `reset`. `capacity`, `capacity_bytes` and `max_age` bound a store that is made, as in
+    `ReplayStore.create`; for one that is there they have to be its own, or `UsageError` is raised.
 
     The store is at `store`; `close` commits and closes it.
     """
@@ -203,6 +207,9 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
         column_types: Mapping[str, str] | None = None,
         policy: str | None = None,
         at: str | None = None,
+        capacity: int | None = None,
+        capacity_bytes: int | None = None,
+        max_age: float | None = None,
     ) -> None:
         super().__init__(env)
         stack = find_frame_stack(env) if frame_stack is None else given_stack(frame_stack, padding)
@@ -213,7 +220,10 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
             columns=column_types,
             frame_stack=stack,
         )
-        store = _open_or_create(path, schema, num_envs=1, spec=spec_of(env), stack=stack, at=at)
+        bounds = Bounds(capacity, capacity_bytes, max_age)
+        store = _open_or_create(
+            path, schema, num_envs=1, spec=spec_of(env), stack=stack, at=at, bounds=bounds
+        )
         self._recorder = _Recorder(store, stack, None)
         self.policy = policy
         self.columns: dict[str, Any] = {}
@@ -276,6 +286,9 @@ class RecordVectorReplay(gym.vector.VectorWrapper[Any, Any, Any, Any, Any]):
         column_types: Mapping[str, str] | None = None,
         policy: str | None = None,
         at: str | None = None,
+        capacity: int | None = None,
+        capacity_bytes: int | None = None,
+        max_age: float | None = None,
     ) -> None:
         super().__init__(env)
         self._mode = _autoreset_mode(env)
@@ -287,8 +300,9 @@ class RecordVectorReplay(gym.vector.VectorWrapper[Any, Any, Any, Any, Any]):
             columns=column_types,
             frame_stack=stack,
         )
+        bounds, spec = Bounds(capacity, capacity_bytes, max_age), vector_spec(env)
         store = _open_or_create(
-            path, schema, num_envs=env.num_envs, spec=vector_spec(env), stack=stack, at=at
+            path, schema, num_envs=env.num_envs, spec=spec, stack=stack, at=at, bounds=bounds
         )
         self._recorder = _Recorder(store, stack, env.num_envs)
         self.policy = policy
