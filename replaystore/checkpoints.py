@@ -122,6 +122,26 @@ def read_checkpoint(store: Path, name: str) -> Checkpoint:
     return checkpoint
 
 
+def check_checkpoint_file(path: Path) -> None:
+    """Raise an error of the package if a checkpoint, or the store's identity, is damaged or of another store."""
+    if path.name == IDENTITY:
+        _read_identity(path.parent.parent)
+    else:
+        read_checkpoint(path.parent.parent, path.stem)
+
+
+def restore_identity(store: Path) -> None:
+    """Make a store's identity what its checkpoints say, if those that can be read are of one store."""
+    folder, found = store / FOLDER, set()
+    for name in checkpoint_names(store):
+        try:
+            found.add(_decode(folder / f"{name}.arrow")[0])
+        except CorruptionError:
+            continue  # `verify` named it
+    if len(found) == 1:
+        write_atomic(folder / IDENTITY, found.pop().encode())
+
+
 def decoded_heads(store: Path, checkpoint: Checkpoint, schema: Schema) -> dict[int, Head]:
     """The heads that a checkpoint names, by stream."""
     return {

@@ -173,6 +173,7 @@ def _info(options: argparse.Namespace) -> int:
             ("streams", f"{len(np.unique(integers(episodes, 'stream')))}"),
             ("bytes on disk", f"{store.nbytes:,} ({store.nbytes / max(1, len(store)):.1f} a transition)"),
             ("bounds", _bounds(store.bounds)),
+            ("checkpoints", ", ".join(store.checkpoints) or "none"),
         ]
         if len(episodes):
             returns = episodes["return"].drop_null().to_numpy()

@@ -3,9 +3,11 @@
 Metadata is written anew from the schema, and a damaged head is replaced by its copy. A
 stream with rows that cannot be trusted is written anew from the others: an episode is split where
 rows are missing, and the pieces, of two rows or more, are episodes that are neither terminated nor
-truncated. The damaged stream is moved, as it is, to `NAME.dropped/` beside the store.
+truncated. The damaged stream is moved, as it is, to `NAME.dropped/` beside the store, and so are
+damaged files of samplers, statistics and checkpoints.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from replaystore.arena import stream_path
+from replaystore.checkpoints import restore_identity
 from replaystore.codec import ChunkCodec
 from replaystore.commit import create_stream, render_stream
 from replaystore.episodes import (
@@ -37,6 +40,7 @@ from replaystore.verify import (
     newer_head,
     read_schema,
     stream_numbers,
+    verify_kept,
     verify_stream,
 )
 from replaystore.writer import StreamWriter
@@ -57,8 +61,18 @@ class Repaired(NamedTuple):
         return kept if self.moved_to is None else f"{kept}; the damaged files are in {self.moved_to}"
 
 
-def repair(root: Path, findings: Sequence[Finding]) -> list[Repaired]:
-    """Repair what `verify` found, and say what became of each stream that it concerned.
+class SetAside(NamedTuple):
+    """A damaged file that was kept beside the rows, and where it is now."""
+
+    path: Path
+    moved_to: Path
+
+    def __str__(self) -> str:
+        return f"{self.path}: moved to {self.moved_to}"
+
+
+def repair(root: Path, findings: Sequence[Finding]) -> list[Repaired | SetAside]:
+    """Repair what `verify` found, and say what became of each stream and kept file that it concerned.
 
     Nobody may have the store open. Raises `WriterBusy` if somebody writes a stream, and
     `CorruptionError` if neither the root's metadata nor any stream's copy of it can be read.
@@ -68,7 +82,17 @@ def repair(root: Path, findings: Sequence[Finding]) -> list[Repaired]:
     _finish_moves(root, dropped)
     write_atomic(root / "streams" / "zarr.json", render_group())
     streams = {finding.stream for finding in findings if finding.stream is not None}
-    return [_repair_stream(root, stream, root_bytes, dropped) for stream in sorted(streams)]
+    repaired = [_repair_stream(root, stream, root_bytes, dropped) for stream in sorted(streams)]
+    return [*repaired, *_set_aside(root, dropped)]
+
+
+def _set_aside(root: Path, dropped: Path) -> Iterator[SetAside]:
+    """Move damaged files that are kept beside the rows out of the store."""
+    if any(verify_kept(root)):
+        restore_identity(root)
+    for finding in list(verify_kept(root)):
+        name = str(finding.path.relative_to(root)).replace(os.sep, "-")
+        yield SetAside(finding.path, _drop(finding.path, dropped, f"kept-{name}"))
 
 
 def _repair_root(root: Path) -> bytes:
@@ -104,7 +128,7 @@ def _repair_stream(root: Path, stream: int, root_bytes: bytes, dropped: Path) ->
     try:
         head = _repair_head(path, schema)
         if head is None:
-            return Repaired(stream, 0, 0, _drop(path, dropped))
+            return Repaired(stream, 0, 0, _drop(path, dropped, path.name))
         render_stream(path, schema, head, root_bytes)
         findings = list(verify_stream(root, stream, schema))
         episodes = list(_intact_episodes(path, schema, head))
@@ -112,7 +136,7 @@ def _repair_stream(root: Path, stream: int, root_bytes: bytes, dropped: Path) ->
         if not any(finding.spoils for finding in findings):
             return Repaired(stream, before, before, None)
         after = _rewrite(path, dropped / f"new-{path.name}", schema, head, episodes, findings, root_bytes)
-        moved_to = _drop(path, dropped)
+        moved_to = _drop(path, dropped, path.name)
         move(dropped / f"new-{path.name}", path)
         return Repaired(stream, before, after, moved_to)
     finally:
@@ -135,11 +159,11 @@ def _repair_head(path: Path, schema: Schema) -> Head | None:
     return newer[0]
 
 
-def _drop(path: Path, dropped: Path) -> Path:
-    """Move a stream out of the store; returns where it is."""
+def _drop(path: Path, dropped: Path, name: str) -> Path:
+    """Move a stream or a file out of the store; returns where it is."""
     make_directory(dropped, exist_ok=True)
     number = 0
-    while (target := dropped / f"{path.name}-{number}").exists():
+    while (target := dropped / f"{name}-{number}").exists():
         number += 1
     move(path, target)
     return target

@@ -23,6 +23,7 @@ from replaystore.errors import CorruptionError, UsageError
 from replaystore.files import PARTIAL, list_directory, make_directory, read_bytes, remove, write_atomic
 from replaystore.samplers import Sampler
 
+FOLDER = "samplers"
 MAX_BYTES = 1 << 34
 DTYPES = ("float64", "int64")
 _ARRAY = pa.struct(
@@ -70,10 +71,15 @@ def load_sampler(store: str | os.PathLike[str], name: str, sampler: Sampler) -> 
     sampler.load_state_dict(state)
 
 
+def check_sampler_file(path: Path) -> None:
+    """Raise `CorruptionError` if what `save_sampler` kept is damaged."""
+    _decode(read_bytes(path, MAX_BYTES), path)
+
+
 def _path(store: str | os.PathLike[str], name: str) -> Path:
     if not isinstance(name, str) or not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", name):
         raise UsageError(f"name: expected up to 100 of the characters A-Z, a-z, 0-9, _ and -, got {name!r}")
-    return Path(store) / "samplers" / f"{name}.arrow"
+    return Path(store) / FOLDER / f"{name}.arrow"
 
 
 def _encode(kind: str, state: dict[str, Any]) -> bytes:
@@ -94,7 +100,10 @@ def _decode(data: bytes, path: Path) -> tuple[str, dict[str, Any]]:
         raise CorruptionError(f"{path}: nulls where there are none")
     if _checksum(kind, text, arrays) != checksum:
         raise CorruptionError(f"{path}: the checksum does not match")
-    return kind, _with_arrays(json.loads(text), [_array(array, path) for array in arrays])
+    try:
+        return kind, _with_arrays(json.loads(text), [_array(array, path) for array in arrays])
+    except (ValueError, TypeError, IndexError, RecursionError) as error:  # whoever made it
+        raise CorruptionError(f"{path}: expected a sampler's state, found no such: {error}") from error
 
 
 def _without_arrays(value: Any, found: list[np.ndarray]) -> Any:

@@ -30,6 +30,7 @@ from replaystore.index import EpisodeIndex, Places
 from replaystore.metadata import parse_json
 from replaystore.schema import Schema
 
+FOLDER = "stats"
 FORMAT_VERSION = 1
 PARTS = ("mean", "std", "minimum", "maximum", "quantiles")
 LEVELS = (0.01, 0.1, 0.5, 0.9, 0.99)  # of the quantiles
@@ -37,6 +38,7 @@ SAMPLE_ROWS = 16384  # that quantiles are worked out from
 SAMPLE_BYTES = 1 << 26
 BLOCK_ELEMENTS = 1 << 22  # read at once
 BLOCK_ROWS = 1 << 16
+MAX_BYTES = 1 << 30  # of a file
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -91,7 +93,7 @@ def field_stats(view: Shown, index: EpisodeIndex, name: str, *, progress: bool =
     if name not in view.schema.by_name:
         raise UsageError(f"stats: expected a field of {', '.join(view.schema.by_name)}, got {name!r}")
     field = view.schema.by_name[name]
-    path = view.path / "stats" / f"{name.replace('/', '~')}.json"
+    path = view.path / FOLDER / f"{name.replace('/', '~')}.json"
     with view.lock:
         commits = None if path.parent.is_symlink() else _commits(view, index)
         rows = _Rows.of(index, final=view.schema.is_observation(name))  # after the view has caught up
@@ -238,16 +240,27 @@ def _keep(path: Path, field: Field, commits: dict[str, str], stats: Stats) -> No
             raise
 
 
+def check_stats_file(path: Path) -> None:
+    """Raise an error of the package if a file of kept statistics is damaged."""
+    _read(path, MAX_BYTES)
+
+
+def _read(path: Path, limit: int) -> dict[str, Any]:
+    """What a file of at most so many bytes holds, checked by its checksum."""
+    kept = parse_json(read_bytes(path, limit), str(path))
+    content = kept.get("stats") if isinstance(kept, dict) else None
+    if not isinstance(content, dict) or kept.get("crc32c") != _checksum(content):
+        raise CorruptionError(f"{path}: the checksum does not match")
+    return content
+
+
 def _load(path: Path, field: Field, commits: dict[str, str]) -> Stats | None:
     """What the file holds, if it is of these commits and whole."""
     elements = int(np.prod(field.shape, dtype=np.int64))
     try:
-        kept = parse_json(read_bytes(path, (1 << 20) + 512 * elements + 128 * len(commits)), str(path))
+        content = _read(path, (1 << 20) + 512 * elements + 128 * len(commits))
     except (CorruptionError, FormatError, LimitError):
         return None  # missing, or damaged, and made anew
-    content = kept.get("stats") if isinstance(kept, dict) else None
-    if not isinstance(content, dict) or kept.get("crc32c") != _checksum(content):
-        return None
     heading = _heading(field, commits)
     if {name: content.get(name) for name in heading} != heading:
         return None

@@ -17,7 +17,14 @@ import numpy as np
 
 from replaystore.arena import stream_path
 from replaystore.bounds import Bounds, check_bounds
-from replaystore.checkpoints import Checkpoint, checkpoint_path, read_checkpoint, runs_of, write_checkpoint
+from replaystore.checkpoints import (
+    Checkpoint,
+    checkpoint_names,
+    checkpoint_path,
+    read_checkpoint,
+    runs_of,
+    write_checkpoint,
+)
 from replaystore.commit import create_stream
 from replaystore.contents import NONE, pack_content, restore_content, unpack_content
 from replaystore.errors import ClosedError, ReadOnlyError, UsageError
@@ -279,6 +286,11 @@ class ReplayStore(Selection):
         """The commit this store shows, to `open` the same in another process."""
         with self._view.lock:
             return self._view.snapshot()
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The names of the store's checkpoints, the newest last; those that cannot be read are left out."""
+        return checkpoint_names(self.path)
 
     @property
     def nbytes(self) -> int:

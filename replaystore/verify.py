@@ -4,6 +4,7 @@ Nothing is written. A finding names a file, what was expected and
 found, and the rows that cannot be trusted for it; `repair.py` keeps the others.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from replaystore import checkpoints, stats
+from replaystore import sampler_file as samplers
 from replaystore.arena import stream_path
 from replaystore.codec import ChunkCodec
 from replaystore.episodes import decode_table, episode_schema, integers, part_path, read_part
@@ -24,6 +27,12 @@ from replaystore.packed import ABSENT, find_index
 from replaystore.reader import check_files
 from replaystore.schema import Schema
 
+Kept = tuple[str, Callable[[Path], None]]  # the ending of files, and what checks one
+KEPT: dict[str, Kept] = {  # by folder, beside the streams
+    samplers.FOLDER: (".arrow", samplers.check_sampler_file),
+    stats.FOLDER: (".json", stats.check_stats_file),
+    checkpoints.FOLDER: (".arrow", checkpoints.check_checkpoint_file),
+}
 Progress = Callable[[], None]
 UNKNOWN_EPISODES = "index"  # in the place of a field: rows whose episodes are not known
 EVERYTHING = np.iinfo(np.int64).max
@@ -33,7 +42,7 @@ class Finding(NamedTuple):
     """Something wrong: where, what, and the rows `start` to `stop` that it spoils.
 
     `stream` is None if it concerns the whole store, `env` None if every environment. Findings
-    that spoil no row (`stop` is 0) are of files that can be made anew.
+    that spoil no row (`stop` is 0) are of files that can be made anew, or are kept beside the rows.
     """
 
     path: Path
@@ -69,6 +78,32 @@ def verify(root: Path, progress: Progress = lambda: None) -> Iterator[Finding]:
     yield from _group(root / "streams", None)
     for stream in stream_numbers(root):
         yield from verify_stream(root, stream, schema, progress)
+    yield from verify_kept(root, progress)
+
+
+def verify_kept(root: Path, progress: Progress = lambda: None) -> Iterator[Finding]:
+    """Find what is damaged of the samplers, statistics and checkpoints that are kept with a store."""
+    for folder in KEPT:
+        if (root / folder).is_symlink():
+            yield Finding(root / folder, "expected a directory, found a link")
+    for file in kept_files(root):
+        try:
+            KEPT[file.parent.name][1](file)
+        except (ReplayStoreError, OSError) as error:
+            if os.path.lexists(file):  # and was not removed meanwhile
+                yield Finding(file, str(error))
+        progress()
+
+
+def kept_files(root: Path) -> list[Path]:
+    """The files of samplers, statistics and checkpoints."""
+    return [
+        root / folder / name
+        for folder, (ending, _) in KEPT.items()
+        if (root / folder).is_dir() and not (root / folder).is_symlink()
+        for name in list_directory(root / folder)
+        if name.endswith(ending) or (folder, name) == (checkpoints.FOLDER, checkpoints.IDENTITY)
+    ]
 
 
 def read_schema(root: Path) -> Schema:
@@ -79,7 +114,7 @@ def read_schema(root: Path) -> Schema:
 
 def count_files(root: Path) -> int:
     """How often `verify` will report progress, as far as the heads can be read."""
-    total = 0
+    total = len(kept_files(root))
     try:
         schema = read_schema(root)
         for stream in stream_numbers(root):
