@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from replaystore.episodes import integers
 from replaystore.errors import UsageError
 from replaystore.index import EpisodeIndex
 from replaystore.samplers import Draw, Sampler, Uniform, translate
@@ -181,14 +182,15 @@ class _Labels:
 
     def __call__(self, items: EpisodeIndex, start: int) -> np.ndarray:
         self._seen = self._seen if start else {}
-        stream, _, first, _ = items.episodes(start)
+        stream, _, _, last = items.episodes(start)
         table, labels, num_closed = self._source.episodes, np.empty(len(stream), np.int64), items.num_closed
         streams = np.asarray(table.column("stream").to_numpy())
         for number in np.unique(stream).tolist():
             begin, end = streams.searchsorted([number, number + 1]).tolist()
             rows = table.slice(begin, end - begin).slice(self._seen.get(number, 0))
             here = np.flatnonzero(stream == number)
-            if not np.array_equal(rows.column("first_row").to_numpy(), first[here]):
+            first, length = (integers(rows, name) for name in ("first_row", "length"))
+            if not np.array_equal(first + length, last[here]):  # the first may have been evicted since
                 raise UsageError("Stratified: expected items of the source, got those of other episodes")
             labels[here] = self._numbers(rows)
             seen = int(np.count_nonzero(here + start < num_closed))

@@ -108,10 +108,13 @@ class Selection:
             return self._sample(int(n), window, rng, sampler)
 
     def _sample(self, n: int, window: Window, rng: np.random.Generator, sampler: Sampler) -> Any:
-        index = self._index(window.spacing)
-        if not len(index):
-            raise UsageError(f"sample: expected at least one {item_of(window)}, {self._view.path} has none")
-        draw = sampler.draw(index, n, rng)
+        with self._view.commits_lock:  # all that a sampler looks at is as of one commit
+            index = self._index(window.spacing)
+            if not len(index):
+                raise UsageError(
+                    f"sample: expected at least one {item_of(window)}, {self._view.path} has none"
+                )
+            draw = sampler.draw(index, n, rng)
         if takes_seeds(window):
             window = window.seeded(new_seeds(len(draw.numbers), rng))
         return self._view.read(index.locate(draw.numbers), window, weights=draw.weights)
@@ -180,7 +183,7 @@ class Selection:
 
 
 class _Chosen(Selection):
-    """Some episodes of a table, as they were then.
+    """Some episodes of a table, as they were then, but for those that are gone when they are first used.
 
     `holds` says which of its rows are chosen, `open_rows` which are of open episodes. The rows are
     gathered when they are asked for.
@@ -195,10 +198,10 @@ class _Chosen(Selection):
 
     @cached_property
     def _table(self) -> pa.Table:
-        return self._from.filter(self._holds)
+        return self._from.filter(self._holds).filter(self._is_left)
 
     def _episodes(self) -> pa.Table:
-        self._view.catch_up()
+        self._index(EACH)  # finds out which are left
         return self._table
 
     def _index(self, spacing: Spacing) -> EpisodeIndex:
@@ -218,6 +221,7 @@ class _Chosen(Selection):
         stream, env, first, length = [integers(table, name) for name in table.column_names]
         is_open = np.isin(np.flatnonzero(self._holds.to_numpy()), self._open_in)
         last, first = first + length, source.first_rows(stream, env, first)
+        self._is_left = pa.array(first >= 0)
         closed, is_open = ~is_open & (first >= 0), is_open & (first >= 0)
         index = source.emptied()
         index.append(stream[closed], env[closed], first[closed], last[closed] - first[closed])

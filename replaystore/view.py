@@ -19,6 +19,7 @@ from replaystore.windows import Items, Window
 from replaystore.writer import StreamWriter
 
 TRIES = 100  # to read heads and map their files before a writer evicts one of them
+NOTHING = contextlib.nullcontext()
 MAX_INDICES = 8  # of windows other than plain transitions, kept at once
 
 
@@ -59,6 +60,11 @@ class View:
     def heads(self) -> Mapping[int, Head]:
         """The heads shown, by stream."""
         return self._catalog.heads
+
+    @property
+    def commits_lock(self) -> contextlib.AbstractContextManager[Any]:
+        """While it is held, what is shown stays as `catch_up` left it: no commit of a writer here comes between."""
+        return NOTHING if self.writer is None else self.writer.lock
 
     # ---- reading
 
@@ -206,7 +212,7 @@ class View:
         heads = self._catalog.read_heads()
         catalog = Catalog(self.path, self.schema)
         reader = Reader(self.path, self.schema, cache_bytes=self._cache_bytes)
-        with self.writer.lock if self.writer is not None else contextlib.nullcontext():
+        with self.commits_lock:
             if self.writer is not None:
                 heads[self.writer.number] = encode_head(self.writer.head, self.schema)
                 self.writer.forget_taken()
@@ -219,6 +225,6 @@ class View:
     @contextlib.contextmanager
     def _commits_held(self) -> Iterator[None]:
         """While what the writer here has not committed is joined to the head that lacks it."""
-        with self.writer.lock if self.writer is not None else contextlib.nullcontext():
+        with self.commits_lock:
             self.catch_up()
             yield
