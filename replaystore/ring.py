@@ -39,6 +39,11 @@ class Ring:
                 self.arrays[name][slot : slot + len(part), env] = part
                 self.arrays[name][slot + len(part) : slot + some, env] = 0
 
+    def move(self, env: int, row: int, to: int) -> None:
+        """Copy a row to another one."""
+        for array in self.arrays.values():
+            array[to & self.mask, env] = array[row & self.mask, env]
+
     def copy_to(self, out: np.ndarray, name: str, env: int, start: int, stop: int) -> None:
         """Copy rows `start` to `stop` of one environment to the beginning of `out`."""
         for row, count, slot in self.pieces(start, stop):

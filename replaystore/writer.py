@@ -624,14 +624,21 @@ class StreamWriter:
         return Pending(np.array(self._rows, np.int64), list(self._closed), self._open_now(), self._base)
 
     def _move_on_idle(self) -> None:
-        """Leave rows unused in columns that lag without an episode, or they would keep rows from eviction."""
+        """Leave rows unused in columns that lag, or they would keep rows from eviction.
+
+        Those are columns without an episode, or with one that has no transition, whose only row moves on.
+        """
         none = {name: array[:0, 0] for name, array in self._ring.arrays.items()}
         for env, episode in enumerate(self._open):
             row = self._rows[env]
             behind, free = max(self._rows) - row, self._limit[env] - self._ring.keep - row
-            if episode is None and behind >= self._max_lag and free > 0:
+            is_idle = episode is None or episode.first_row == row - 1
+            if is_idle and behind >= self._max_lag and free > 0:
                 self._ring.put(env, row, min(behind, free), none)
                 self._rows[env] += min(behind, free)
+                if episode is not None:
+                    episode.first_row = self._rows[env] - 1
+                    self._ring.move(env, row - 1, episode.first_row)
                 self._changes += 1
 
     def _open_now(self) -> list[Episode]:

@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +138,51 @@ def rows_on_disk(store, name, stream=0):
 
 def create(tmp_path, capacity=CAPACITY, **arguments):
     return ReplayStore.create(tmp_path / "store", small_schema(), capacity=capacity, **arguments)
+
+
+# ---- environments that wait
+
+
+def commit_by_itself(store):
+    """Have the background thread commit as it does every second, not because of a call."""
+    writer = store._view.writer
+    before, end = writer.head.commit, time.monotonic() + 10
+    writer._wake.set()
+    while writer.head.commit == before and time.monotonic() < end:
+        time.sleep(0.001)
+    assert writer.head.commit > before
+
+
+@pytest.mark.usefixtures("_no_syncs")
+def test_an_environment_that_was_reset_and_never_stepped_holds_nothing_back(tmp_path):
+    """Its observation moves on with the others' rows, and is there when it is stepped at last."""
+    capacity = 1500
+    with create(tmp_path, capacity, num_envs=3) as store:
+        wait = np.array([False, False, True])
+        lag = 64 + min(store.schema.shard_rows(field, 3) for field in store.schema.fields)
+
+        def both(values):
+            return np.broadcast_to(values, (3, *np.shape(values))).copy()
+
+        store.reset(image(np.array([0, 0, 777])))
+        flags = np.zeros(3, bool)
+        for number in range(2500):
+            values = both(number), image(both(number + 1)), both(number / 2), flags, flags
+            store.step(*values, mask=~wait, info={"features": both(np.int32(number % 1000))})
+            if number % 10 == 9:
+                commit_by_itself(store)
+                assert len(store) <= capacity + 2 * lag
+        assert head_of(store).floor > 1500
+        values = both(777), image(both(778)), both(777 / 2), flags, flags
+        store.step(*values, mask=wait, info={"features": both(np.int32(777))})
+        store.flush()
+        store.check()
+        actions = actions_of(store)
+        assert max(actions) == 2499
+        assert actions.count(777) == 1
+        with ReplayStore.open(store.path) as reader:
+            assert sorted(actions_of(reader)) == sorted(actions)
+    assert list(verify(store.path)) == []
 
 
 # ---- the index
