@@ -19,7 +19,6 @@ from replaystore.windows import Items, Window
 from replaystore.writer import StreamWriter
 
 TRIES = 100  # to read heads and map their files before a writer evicts one of them
-NOTHING = contextlib.nullcontext()
 MAX_INDICES = 8  # of windows other than plain transitions, kept at once
 
 
@@ -64,7 +63,7 @@ class View:
     @property
     def commits_lock(self) -> contextlib.AbstractContextManager[Any]:
         """While it is held, what is shown stays as `catch_up` left it: no commit of a writer here comes between."""
-        return NOTHING if self.writer is None else self.writer.lock
+        return self.lock if self.writer is None else self.writer.lock
 
     # ---- reading
 
