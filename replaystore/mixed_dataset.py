@@ -200,9 +200,10 @@ def _merged(found: Sequence[Any], places: Sequence[np.ndarray], allocate: Alloca
     """Nested arrays of several datasets as one, with each array's rows at its places."""
     kinds = [_kind(each) for each in found]
     if kinds.count(kinds[0]) != len(kinds):
+        kinds = list(dict.fromkeys(map(_described, found)))
         raise UsageError(
             f"MixedDataset: expected datasets whose windows and transforms give the same tensors, found"
-            f" {name} to be {' and '.join(dict.fromkeys(kinds))}"
+            f" {name} to be {' and '.join(kinds)}"
         )
     if isinstance(found[0], dict):
         names = found[0]
@@ -215,8 +216,14 @@ def _merged(found: Sequence[Any], places: Sequence[np.ndarray], allocate: Alloca
     return merged
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Any) -> Any:
     """What has to be the same to be one tensor, or one dict or tuple of them."""
+    if isinstance(value, dict):
+        return value.keys()
+    return len(value) if isinstance(value, tuple) else (value.dtype, value.shape[1:])
+
+
+def _described(value: Any) -> str:
     if isinstance(value, dict):
         return f"a dict of {', '.join(sorted(value))}"
     return f"{len(value)} tensors" if isinstance(value, tuple) else f"{value.dtype} of {value.shape[1:]}"

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
+import torch.multiprocessing
 from growing import add_stream, chi_square, schema
 from test_dataset import NESTED, VECTOR, assert_same, write_episodes
 from test_goals import GOAL, goal_store, reached
@@ -227,6 +228,30 @@ def test_stateful_loader_of_torchdata_goes_on(workers, paths):
     expected, found = stop_and_go(make, 5)
     assert found == expected
     assert len(expected) == 8 + 13
+
+
+def rank_of_two(rank, paths, folder):
+    """One rank: its batches of a pass, without a seed, so that the ranks have to agree."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    loader = mixed(paths, (1, 1)).loader(20)
+    torch.save([ids(loader), len(loader)], f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_share_a_pass_without_overlap(paths, tmp_path):
+    torch.multiprocessing.spawn(rank_of_two, (paths, str(tmp_path)), nprocs=2)
+    found = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    assert [len(batches) for batches, _ in found] == [10, 10] == [length for _, length in found]
+    drawn = [each for batches, _ in found for batch in batches for each in batch]
+    first = [each for each in drawn if each < 1 << 60]
+    assert len(drawn) == 390
+    assert abs(len(first) - 195) <= 10
+    assert len(set(first)) == len(first)
+    second = {each: drawn.count(each) for each in drawn if each >= 1 << 60}
+    assert len(second) == 90
+    assert set(second.values()) <= {2, 3}
 
 
 def test_refresh_shows_the_newest_commits_and_persistent_workers_are_told(paths):
