@@ -54,13 +54,24 @@ class Drawn(NamedTuple):
         return Drawn(self.numbers[which], weights, seeds, self.commit)
 
 
+def _joined(draws: list[Drawn]) -> Drawn:
+    """Several draws of one commit as one."""
+    numbers, weights, seeds, commits = zip(*draws, strict=True)
+
+    def joined(parts: tuple[Any, ...]) -> Any:
+        return None if parts[0] is None else np.concatenate(parts)
+
+    return Drawn(joined(numbers), joined(weights), joined(seeds), commits[0])
+
+
 class Batches(TorchSampler[Any]):
     """The numbers of a pass's batches, small batches several at a time.
 
     One pass at a time; another thread may ask for the state. Under `torch.distributed` all ranks
     draw the same from the same commit, which they agree on here, and each keeps its own share.
-    `together` is how many items a loader wants at once, which then says what it has given; without
-    it, batches come one at a time and are given when they are drawn.
+    `together` is how many items a loader wants to be drawn at once, which then says what it has given;
+    without it, batches come one at a time and are given when they are drawn. Up to `at_once` items of
+    several draws come at once, so that how many are read at once changes nothing of what is drawn.
     """
 
     def __init__(
@@ -72,6 +83,7 @@ class Batches(TorchSampler[Any]):
         seed: int | None,
         drop_last: bool,
         together: int | None,
+        at_once: int = 1,
     ) -> None:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise UsageError(f"batch_size: expected an int from 1, got {batch_size!r}")
@@ -83,12 +95,14 @@ class Batches(TorchSampler[Any]):
         if self._ranks > 1:
             self._agree()
         self._drop_last = drop_last
-        at_once = 1 if together is None or self._sampler.is_adaptive else together
-        self._step = max(1, at_once // batch_size) * batch_size
+        self._is_told = together is not None  # what was given
+        if together is None or self._sampler.is_adaptive:
+            together = at_once = 1
+        self._step = max(1, together // batch_size) * batch_size  # items of a draw
+        self._draws = max(1, at_once // self._step)
         self._lock = threading.Lock()
         self._pass = _Pass(0, 0, is_over=True)
         self._is_restored = False
-        self._is_told = together is not None  # what was given
         self._pending: deque[Drawn] = deque()  # drawn, and not yet all given
 
     def _agree(self) -> None:
@@ -122,21 +136,28 @@ class Batches(TorchSampler[Any]):
             self.end()
 
     def _draw(self) -> Drawn | None:
+        """What comes next, of one or several draws."""
         with self._lock:
-            total, done, _ = self._pass
-            n = min(self._step, total - done)
-            if self._drop_last:
-                n = n // self.size * self.size
-            if n <= 0:
+            draws = [drawn for _ in range(self._draws) if (drawn := self._draw_once()) is not None]
+            if not draws:
                 return None
-            draw = self._sampler.draw(self._dataset.items, n * self._ranks, self._rng)
-            seeds = new_seeds(len(draw.numbers), self._rng) if self._dataset.takes_seeds else None
-            drawn = Drawn(draw.numbers, draw.weights, seeds, self._dataset.commit)
-            drawn = drawn.part(slice(self._rank, None, self._ranks))
-            self._pass = _Pass(total, done + n)
+            drawn = draws[0] if len(draws) == 1 else _joined(draws)
             if self._is_told:
                 self._pending.append(drawn)
             return drawn
+
+    def _draw_once(self) -> Drawn | None:
+        total, done, _ = self._pass
+        n = min(self._step, total - done)
+        if self._drop_last:
+            n = n // self.size * self.size
+        if n <= 0:
+            return None
+        draw = self._sampler.draw(self._dataset.items, n * self._ranks, self._rng)
+        seeds = new_seeds(len(draw.numbers), self._rng) if self._dataset.takes_seeds else None
+        drawn = Drawn(draw.numbers, draw.weights, seeds, self._dataset.commit)
+        self._pass = _Pass(total, done + n)
+        return drawn.part(slice(self._rank, None, self._ranks))
 
     def given(self, items: int) -> None:
         """Say that so many items of the oldest draw have been given to the user."""

@@ -17,7 +17,7 @@ import torch
 from replaystore.batches import Batches
 from replaystore.errors import UsageError
 from replaystore.goals import Relabelled
-from replaystore.handover import map_leaves
+from replaystore.handover import leaves, map_leaves
 from replaystore.index import EpisodeIndex
 from replaystore.loader import Collated, Loadable, Loader, Tensors
 from replaystore.reader import Allocate
@@ -26,7 +26,9 @@ from replaystore.selection import Selection, check_sampler, check_window, item_o
 from replaystore.store import CACHE_BYTES, ReplayStore
 from replaystore.windows import Transition, Window, takes_seeds
 
-READ_AT_ONCE = 256  # items of the batches that are read together
+READ_AT_ONCE = 256  # items of the batches that are drawn and read together
+SENT_AT_ONCE = 1024  # that are read so in a worker, as a message costs what 20 items do
+SENT_BYTES = 1 << 25  # but no more than this, if that is not less than are drawn together
 
 
 class ReplayDataset(Loadable):
@@ -208,7 +210,14 @@ class ReplayDataset(Loadable):
             sampler = InOrder()
         if isinstance(sampler, Shuffled):
             self.reserve(2 * sampler.pool)
-        batches = self._draws(batch_size, sampler, seed=seed, drop_last=drop_last, together=self.together)
+        batches = self._draws(
+            batch_size,
+            sampler,
+            seed=seed,
+            drop_last=drop_last,
+            together=self.together,
+            at_once=self._sent_at_once() if num_workers and len(self) else 1,
+        )
         return Loader(
             self,
             batches,
@@ -228,10 +237,27 @@ class ReplayDataset(Loadable):
         seed: int | None,
         drop_last: bool,
         together: int | None,
+        at_once: int = 1,
     ) -> Batches:
         self.check_has_items()
         sampler = Uniform(replace=False, seed=seed) if sampler is None else check_sampler(sampler)
-        return Batches(self, batch_size, sampler=sampler, seed=seed, drop_last=drop_last, together=together)
+        return Batches(
+            self,
+            batch_size,
+            sampler=sampler,
+            seed=seed,
+            drop_last=drop_last,
+            together=together,
+            at_once=at_once,
+        )
+
+    def _sent_at_once(self) -> int:
+        """How many items of small batches a worker reads at once."""
+        if self.together == 1:
+            return 1
+        item = _named(self.selection.read(np.zeros(1, np.int64), self.window))
+        nbytes = sum(int(array.nbytes) for array in leaves(item))
+        return min(SENT_AT_ONCE, SENT_BYTES // nbytes)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_store": None, "_selection": None}

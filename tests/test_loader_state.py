@@ -10,6 +10,7 @@ import torch.multiprocessing
 from growing import Actors, add_stream, schema
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+import replaystore.dataset
 from replaystore import Field, ReplayStore, Schema, Transition, UsageError
 from replaystore.dataset import ReplayDataset
 from replaystore.mixtures import Mixed, Stratified
@@ -99,6 +100,25 @@ def test_loader_goes_on_whoever_reads(kind, options, path):
 
     expected, found = stop_and_go(make, 5)
     assert found == expected
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("kind", ["uniform", "recent", "mixed", "stratified"])
+def test_batches_are_the_same_with_and_without_workers(kind, drop_last, path):
+    found = []
+    for workers in (0, 2):
+        dataset = ReplayDataset(path)
+        sampler = SAMPLERS[kind](dataset)
+        loader = dataset.loader(30, sampler=sampler, seed=1, num_workers=workers, drop_last=drop_last)
+        found.append(ids(loader) + ids(loader))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("nbytes", "expected"), [(1 << 25, 910), (1, 240)], ids=["few bytes", "many bytes"])
+def test_worker_reads_several_draws_at_once_unless_they_are_large(nbytes, expected, path, monkeypatch):
+    monkeypatch.setattr(replaystore.dataset, "SENT_BYTES", nbytes)
+    assert len(next(iter(ReplayDataset(path).loader(30, num_workers=2).batch_sampler)).numbers) == expected
+    assert len(next(iter(ReplayDataset(path).loader(30).batch_sampler)).numbers) == 240
 
 
 def test_state_is_the_same_whoever_reads(path):
