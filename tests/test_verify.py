@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from growing import add_stream
 
+import replaystore.sampler_file
 import replaystore.verify
 from replaystore import Prioritized, ReplayStore, ReplayStoreError, UsageError, load_sampler, save_sampler
 from replaystore.cli import main
@@ -149,10 +150,8 @@ def test_a_file_that_is_removed_meanwhile_is_not_missed(path, monkeypatch):
 
 
 def test_a_forged_state_of_a_sampler_is_refused_as_damaged(path):
-    from replaystore import sampler_file
-
     for state in ({"array": 0}, {"a": {"array": 7}}, {"a": {"array": "x"}}):
-        data = sampler_file._encode("Prioritized", state)
+        data = replaystore.sampler_file._encode("Prioritized", state)
         (path / "samplers" / "learner.arrow").write_bytes(data)
         with pytest.raises(ReplayStoreError, match="expected a sampler's state"):
             load_sampler(path, "learner", Prioritized())
