@@ -28,13 +28,13 @@ from replaystore.writer import StreamWriter
 
 
 class Catalog:
-    """The streams of a store as of one commit of each, and what a writer here has added since."""
+    """The streams of a store as of one commit of each, and what writers here have added since."""
 
     def __init__(self, root: Path, schema: Schema) -> None:
         self.index = EpisodeIndex()
         self.heads: dict[int, Head] = {}
         self._loaded: dict[int, bytes] = {}
-        self.writer: StreamWriter | None = None
+        self.writers: dict[int, StreamWriter] = {}  # here, by stream
         self._root = root
         self._schema = schema
         self._table = episode_schema(schema)
@@ -118,7 +118,7 @@ class Catalog:
         return {stream: encode_head(head, self._schema) for stream, head in self.heads.items()}
 
     def decode(self, data: Mapping[int, bytes]) -> dict[int, Head]:
-        """The heads among these that are new, checked; those of the writer here are not asked for."""
+        """The heads among these that are new, checked; those of the writers here are not asked for."""
         return {
             stream: decode_head(raw, self._schema, stream_path(self._root, stream) / HEAD)
             for stream, raw in data.items()
@@ -158,16 +158,23 @@ class Catalog:
 
     def attach(self, writer: StreamWriter) -> None:
         """From now on a stream shows what its writer here has, not what its head says is open."""
-        self.writer = writer
+        self.writers[writer.number] = writer
         self._index_open()
 
-    def catch_up(self) -> dict[int, Head]:
-        """Index what the writer appended since the last call; returns its head if it changed.
+    def detach(self, writer: StreamWriter) -> None:
+        """From now on a stream shows its head, all of which `catch_up` has indexed: its writer has closed."""
+        stream, head = writer.number, writer.head
+        assert self.heads[stream] is head, (stream, head.commit)
+        self._loaded[stream] = encode_head(head, self._schema)
+        self._indexed[stream] = head.next_part, len(head.episodes)
+        del self.writers[stream]
+        self._index_open()
+
+    def catch_up(self, writer: StreamWriter) -> dict[int, Head]:
+        """Index what a writer here appended since the last call; returns its head if it changed.
 
         The caller holds the writer's lock.
         """
-        writer = self.writer
-        assert writer is not None
         changed = {}
         if writer.head is not self.heads[writer.number]:
             changed = {writer.number: writer.head}
@@ -177,7 +184,7 @@ class Catalog:
         ended = writer.take_ended()
         if len(ended.env):
             self.index.append(writer.number, *ended)
-        self.index.set_open([*self._open_elsewhere, (writer.number, *writer.open_episodes())])
+        self.index.set_open(self._open_elsewhere + self._open_here())
         return changed
 
     def episodes(self) -> pa.Table:
@@ -186,7 +193,7 @@ class Catalog:
         return pa.concat_tables([_with_stream(self._table.empty_table(), 0), *tables])
 
     def _owns(self, stream: int) -> bool:
-        return self.writer is not None and self.writer.number == stream
+        return stream in self.writers
 
     def _index_head(self, stream: int, head: Head, parts: list[pa.Table]) -> None:
         done_parts, done_episodes = self._indexed.get(stream, (0, 0))
@@ -252,13 +259,15 @@ class Catalog:
     def _index_open(self) -> None:
         others = [stream for stream in self.heads if not self._owns(stream)]
         self._open_elsewhere = [(stream, *_open_places(self.heads[stream])) for stream in others]
-        own = [] if self.writer is None else [(self.writer.number, *self.writer.open_episodes())]
-        self.index.set_open(self._open_elsewhere + own)
+        self.index.set_open(self._open_elsewhere + self._open_here())
+
+    def _open_here(self) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        return [(stream, *writer.open_episodes()) for stream, writer in self.writers.items()]
 
     def _stream_episodes(self, stream: int) -> pa.Table:
         head = self.heads[stream]
-        if self.writer is not None and self._owns(stream):
-            newest = self.writer.uncommitted()
+        if self._owns(stream):
+            newest = self.writers[stream].uncommitted()
         else:
             newest = head.open.filter(pa.array(integers(head.open, "length") > 0))
         table = pa.concat_tables([*self._parts[stream].values(), head.episodes, newest])

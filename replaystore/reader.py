@@ -6,7 +6,7 @@ many streams and files there are: stream s has the numbers from `base[s]`, and r
 a time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +122,7 @@ class Reader:
         places: Places,
         times: Mapping[str, np.ndarray],
         *,
-        tail: Tail | None = None,
+        tails: Sequence[Tail] = (),
         allocate: Allocate | None = None,
     ) -> dict[str, np.ndarray]:
         """Gather fields at times: `times[field]` (batch, …) gives (batch, …, *shape).
@@ -130,7 +130,7 @@ class Reader:
         `allocate(shape, dtype)` gives the arrays to read into.
         """
         distinct = {id(time): time for time in times.values()}
-        rows_at = {key: self._locate(places, time, tail) for key, time in distinct.items()}
+        rows_at = {key: self._locate(places, time, tails) for key, time in distinct.items()}
         if self._foresight.is_on:
             self._prefetch_flat({name: rows_at[id(time)] for name, time in times.items()})
         arrays = {}
@@ -141,20 +141,24 @@ class Reader:
                 continue
             field = self._schema.by_name[name]
             arrays[name] = (allocate or self._recycler.allocate)(time.shape + field.shape, field.dtype)
-            self._fill(arrays[name], field, rows, tail)
+            self._fill(arrays[name], field, rows, places.stream, tails)
         self._foresight.note(major_faults(), len(places.time))
         for packed in self._packed.values():
             packed.from_disk = self._foresight.is_on
         return arrays
 
-    def _fill(self, out: np.ndarray, field: Field, rows: "_Rows", tail: Tail | None) -> None:
-        """Gather a field's rows from disk and, where the writer still holds them, from its memory."""
+    def _fill(
+        self, out: np.ndarray, field: Field, rows: "_Rows", stream: np.ndarray, tails: Sequence[Tail]
+    ) -> None:
+        """Gather a field's rows from disk and, where a writer still holds them, from its memory."""
         if rows.held is None or not rows.held.all():
             self._gather(field, rows, out.reshape(-1, *field.shape))
-        if rows.held is not None and tail is not None:
-            ring = tail.arrays[field.name]
-            column = np.broadcast_to(rows.env, rows.time.shape)[rows.held]
-            out[rows.held] = ring[rows.time[rows.held] % len(ring), column]
+        if rows.held is not None:
+            for tail in tails:
+                held = rows.held if len(tails) == 1 else _of_stream(rows.held, stream == tail.stream)
+                ring = tail.arrays[field.name]
+                column = np.broadcast_to(rows.env, rows.time.shape)[held]
+                out[held] = ring[rows.time[held] % len(ring), column]
 
     def _prefetch_flat(self, rows: Mapping[str, "_Rows"]) -> None:
         """Ask for the pages of all flat fields before the first of them is read."""
@@ -167,7 +171,7 @@ class Reader:
             addresses = np.unique(np.concatenate(pages)) * PAGE
             prefetch(addresses, np.full(len(addresses), PAGE))
 
-    def _locate(self, places: Places, time: np.ndarray, tail: Tail | None) -> "_Rows":
+    def _locate(self, places: Places, time: np.ndarray, tails: Sequence[Tail]) -> "_Rows":
         """Find rows in the common numbering; of those that were evicted the files may be gone."""
         wide = (...,) + (None,) * (time.ndim - 1)
         if self._lowest is not None and (time < self._lowest[places.stream[wide]]).any():
@@ -175,14 +179,14 @@ class Reader:
                 f"{self._root}: some of these rows were evicted: choose among those there are"
             )
         if self._is_plain:
-            held = None if tail is None else time >= tail.floor[0]
+            held = time >= tails[0].floor[0] if tails else None
             return _Rows(time, time, 0, 0, 1, held if held is not None and held.any() else None)
         stream, env = places.stream[wide], places.env[wide]
         base, width = self._base[stream], self._width[stream]
-        held = None
-        if tail is not None:
-            held = (stream == tail.stream) & (time >= tail.floor[env * (stream == tail.stream)])
-            held = held if held.any() else None
+        held = np.zeros(time.shape, bool) if tails else None
+        for tail in tails:
+            held |= (stream == tail.stream) & (time >= tail.floor[env * (stream == tail.stream)])
+        held = held if held is not None and held.any() else None
         return _Rows(base + time * width + env, time, env, base, width, held)
 
     def _gather(self, field: Field, rows: "_Rows", out: np.ndarray) -> None:
@@ -267,6 +271,12 @@ def _check_flat(
         raise CorruptionError(f"{file}: expected {whole} bytes, found {size_of(file)}")
     if growing and file_checksum(file, field, rows, state.nbytes) != state.crc32c:
         raise CorruptionError(f"{file}: the committed rows' checksum is not {state.crc32c:08x}")
+
+
+def _of_stream(held: np.ndarray, is_here: np.ndarray) -> np.ndarray:
+    """Which of the rows held, (batch, …), are of items, (batch,), that are here."""
+    here: np.ndarray = held & is_here[(...,) + (None,) * (held.ndim - 1)]
+    return here
 
 
 def _elsewhere(numbers: np.ndarray, held: np.ndarray | None) -> np.ndarray:

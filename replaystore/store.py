@@ -60,6 +60,7 @@ class ReplayStore(Selection):
         self.frame_stack: int = attributes["frame_stack"]
         self.bounds: Bounds = attributes["bounds"]
         super().__init__(View(path, attributes["schema"], heads=heads, cache_bytes=cache_bytes))
+        self._writer: StreamWriter | None = None
         self._moved: list[Moved] = []  # by going back to a checkpoint
         self._went_back_to: str | None = None
         _stores.add(self)
@@ -260,8 +261,8 @@ class ReplayStore(Selection):
     def close(self) -> None:
         """Commit what was appended, give the stream back, and let the files go."""
         with self._view.lock:
-            if self._view.writer is not None:
-                self._view.writer.close()
+            if self._writer is not None:
+                self._writer.close()
             self._view.is_closed = True
         _stores.discard(self)
 
@@ -322,9 +323,9 @@ class ReplayStore(Selection):
 
     def _writable(self) -> StreamWriter:
         self._check_open()
-        if self._view.writer is None:
+        if self._writer is None:
             raise ReadOnlyError(f'{self.path}: opened with mode "r"; open it with mode "a" to write')
-        return self._view.writer
+        return self._writer
 
     def _open_writer(self, num_envs: int | None) -> None:
         """Take the newest stream of this many environments that nobody holds, or a new one."""
@@ -357,7 +358,8 @@ class ReplayStore(Selection):
         except BaseException:
             lock.release()
             raise
-        self._view.attach(self._begin_writer(stream, lock, head))
+        self._writer = self._begin_writer(stream, lock, head)
+        self._view.attach(self._writer)
         return True
 
     def _begin_writer(self, stream: int, lock: Lock, head: Head) -> StreamWriter:
@@ -405,6 +407,7 @@ class ReplayStore(Selection):
                 self._moved = go_back(self._view, target, writer, begin)
                 self._view.attach(writer)
                 self._view.rebuild(target.order)
+                self._writer = writer
             except BaseException:
                 writer.discard()
                 raise

@@ -1,8 +1,8 @@
-"""What a store shows: the index over its streams, their rows, and what a writer here has added."""
+"""What a store shows: the index over its streams, their rows, and what writers here have added."""
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,15 @@ class View:
         self.schema = schema
         self.lock = threading.RLock()
         self.rng = np.random.default_rng()  # of those who bring none
-        self.writer: StreamWriter | None = None
+        self.writers: dict[int, StreamWriter] = {}  # here, by stream
         self.is_closed = False
         self._cache_bytes = cache_bytes
         self._catalog = Catalog(path, schema)
         self._reader = Reader(path, schema, cache_bytes=cache_bytes)
-        self._tail: Tail | None = None  # what the writer's ring holds beyond the heads shown
+        self._tails: dict[int, Tail] = {}  # what the writers' rings hold beyond the heads shown
         self._indices: dict[Spacing, EpisodeIndex] = {}
         self._is_behind = False  # an interrupt came while commits were taken over
-        self._shown = (-1, -1)  # the writer's state that the index and the reader show
+        self._shown: dict[int, tuple[int, int]] = {}  # the writers' states that index and reader show
         self._load_first(heads)
 
     def _load_first(self, heads: Mapping[int, bytes] | None) -> None:
@@ -62,8 +62,10 @@ class View:
 
     @property
     def commits_lock(self) -> contextlib.AbstractContextManager[Any]:
-        """While it is held, what is shown stays as `catch_up` left it: no commit of a writer here comes between."""
-        return self.lock if self.writer is None else self.writer.lock
+        """While it is held, what is shown stays as `catch_up` left it: no writer here commits meanwhile."""
+        if len(self.writers) > 1:
+            return _all_held(self.writers.values())
+        return next((writer.lock for writer in self.writers.values()), self.lock)
 
     # ---- reading
 
@@ -94,7 +96,7 @@ class View:
         """The read path: places, rows, arrays, batch."""
         rows = window.rows(places)
         times = {field.name: rows.of(field.name) for field in self.schema.fields}
-        arrays = self._reader.read(places, times, tail=self._tail, allocate=allocate)
+        arrays = self._reader.read(places, times, tails=[*self._tails.values()], allocate=allocate)
         if weights is None:
             weights = np.ones(len(places.time), np.float32)
         items = Items(self._catalog.index.ids(places), weights, places)
@@ -102,7 +104,7 @@ class View:
 
     def arrays(self, places: Places, times: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Fields at times, `(batch, …)` each."""
-        return self._reader.read(places, times, tail=self._tail)
+        return self._reader.read(places, times, tails=[*self._tails.values()])
 
     # ---- moving on
 
@@ -155,7 +157,21 @@ class View:
     def attach(self, writer: StreamWriter) -> None:
         """From now on show what this writer has as well."""
         self._catalog.attach(writer)
-        self.writer = writer
+        self.writers[writer.number] = writer
+
+    def detach(self, writer: StreamWriter) -> None:
+        """From now on show of its stream what it committed: it has closed."""
+        self.catch_up()
+        self._is_behind = True
+        del self.writers[writer.number], self._tails[writer.number], self._shown[writer.number]
+        self._catalog.detach(writer)
+        self._is_behind = False
+
+    def forget(self, writer: StreamWriter) -> None:
+        """Show nothing that a writer did not commit: it was discarded."""
+        self._is_behind = True
+        self.writers.pop(writer.number, None)
+        self.catch_up()
 
     def catch_up(self) -> None:
         """In the process that writes: take in what was appended since the last call."""
@@ -163,27 +179,29 @@ class View:
             raise ClosedError(f"{self.path}: the store is closed")
         if self._is_behind:
             self.rebuild()
-        if self.writer is not None and self._shown != self.writer.state:
-            self._is_behind = True
-            try:
-                self._show(self.writer)
-            except SnapshotExpired:
-                self.renew()
-                self._show(self.writer)
+        for number, writer in self.writers.items():
+            if self._shown.get(number) != writer.state:
+                self._is_behind = True
+                try:
+                    self._show(writer)
+                except SnapshotExpired:
+                    self.renew()
+                    self._show(writer)
         self._is_behind = False
 
     def _show(self, writer: StreamWriter) -> None:
+        number = writer.number
         with writer.lock:
             state = writer.state
-            changed = self._catalog.catch_up()
+            changed = self._catalog.catch_up(writer)
             if changed and self._evicts(changed):  # before the next eviction removes files
                 self._reader.update(changed)
         if changed and not self._evicts(changed):
             self._reader.update(changed)
-        if changed or self._tail is None:
-            head = self._catalog.heads[writer.number]
-            self._tail = Tail(writer.number, writer.floor_of(head), writer.ring)
-        self._shown = state
+        if changed or number not in self._tails:
+            head = self._catalog.heads[number]
+            self._tails[number] = Tail(number, writer.floor_of(head), writer.ring)
+        self._shown[number] = state
 
     @staticmethod
     def _evicts(heads: Mapping[int, Head]) -> bool:
@@ -193,8 +211,8 @@ class View:
         """In a forked child: another thread may have held the locks, the generator's among them."""
         self.lock = threading.RLock()
         self.rng = np.random.default_rng()
-        if self.writer is not None:
-            self.writer.abandon()
+        for writer in self.writers.values():
+            writer.abandon()
 
     def check(self) -> None:
         """Raise at the first thing that is wrong: sizes, heads, growing files, the index."""
@@ -212,18 +230,26 @@ class View:
         catalog = Catalog(self.path, self.schema)
         reader = Reader(self.path, self.schema, cache_bytes=self._cache_bytes)
         with self.commits_lock:
-            if self.writer is not None:
-                heads[self.writer.number] = encode_head(self.writer.head, self.schema)
-                self.writer.forget_taken()
-            self._catalog, self._reader, self._tail, self._shown = catalog, reader, None, (-1, -1)
+            for number, writer in self.writers.items():
+                heads[number] = encode_head(writer.head, self.schema)
+                writer.forget_taken()
+            self._catalog, self._reader, self._tails, self._shown = catalog, reader, {}, {}
             self._indices = {}
             self.load(heads, order)
-            if self.writer is not None:
-                self._catalog.attach(self.writer)
+            for writer in self.writers.values():
+                self._catalog.attach(writer)
 
     @contextlib.contextmanager
     def _commits_held(self) -> Iterator[None]:
-        """While what the writer here has not committed is joined to the head that lacks it."""
+        """While what writers here have not committed is joined to the heads that lack it."""
         with self.commits_lock:
             self.catch_up()
             yield
+
+
+@contextlib.contextmanager
+def _all_held(writers: Iterable[StreamWriter]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for writer in writers:
+            stack.enter_context(writer.lock)
+        yield

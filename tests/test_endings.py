@@ -39,7 +39,7 @@ recorder = Recorder(store)
 for _ in range(100_000):
     recorder.step(5)
     store.flush()
-    say([store._view.writer.number, recorder.count])
+    say([store._writer.number, recorder.count])
     time.sleep(0.005)
 """
 

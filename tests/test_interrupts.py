@@ -212,7 +212,7 @@ def test_an_interrupt_while_waiting_for_a_commit_does_not_hide_that_it_failed(
     recorder = Recorder(store, start=BEFORE)
     recorder.step(3)
     disk.fail(1, forever=True)
-    done = store._view.writer._done
+    done = store._writer._done
     waited, done.wait = done.wait, interrupt
     with pytest.raises(KeyboardInterrupt):
         getattr(store, name)()

@@ -52,7 +52,7 @@ def check_episodes(store, read):
 
 def play(store, rng, steps):
     """Random episodes in all environments, which end at different times."""
-    schema, num_envs = store.schema, store._view.writer.head.num_envs
+    schema, num_envs = store.schema, store._writer.head.num_envs
     lead = (num_envs,) if num_envs > 1 else ()
 
     def values(tops):
