@@ -4,7 +4,6 @@ The store joins the parts: a view of what it holds, to sample from (`selection.p
 opened for writing, the writer of one stream.
 """
 
-import itertools
 import json
 import os
 import weakref
@@ -15,7 +14,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from replaystore.arena import stream_path
 from replaystore.bounds import Bounds, check_bounds
 from replaystore.checkpoints import (
     Checkpoint,
@@ -25,18 +23,16 @@ from replaystore.checkpoints import (
     runs_of,
     write_checkpoint,
 )
-from replaystore.commit import create_stream
 from replaystore.contents import NONE, pack_content, restore_content, unpack_content
 from replaystore.errors import ClosedError, ReadOnlyError, UsageError
-from replaystore.files import Lock, disk_usage, make_directory, write_atomic
+from replaystore.files import disk_usage
 from replaystore.going_back import go_back, lock_streams, target_of
-from replaystore.head import HEAD, Head, decode_head, empty_head, encode_head, has_head, keep_head, read_head
-from replaystore.index import Places
 from replaystore.metadata import parse_root, render_root
-from replaystore.room import Room, fitted_schema, ring_rows
+from replaystore.opening import StreamOpener, check_num_envs
+from replaystore.room import fitted_schema
 from replaystore.root import make_root, read_root
 from replaystore.samplers import Sampler
-from replaystore.schema import MAX_NUM_ENVS, Schema
+from replaystore.schema import Schema
 from replaystore.selection import Selection
 from replaystore.view import View
 from replaystore.writer import Moved, StreamWriter
@@ -54,12 +50,13 @@ class ReplayStore(Selection):
 
     def __init__(self, path: Path, *, heads: Mapping[int, bytes] | None, cache_bytes: int) -> None:
         self.path = path
-        self._root = read_root(path)
-        attributes = parse_root(self._root, str(path / "zarr.json"))
+        root = read_root(path)
+        attributes = parse_root(root, str(path / "zarr.json"))
         self.env_spec: str | None = attributes["env_spec"]
         self.frame_stack: int = attributes["frame_stack"]
         self.bounds: Bounds = attributes["bounds"]
         super().__init__(View(path, attributes["schema"], heads=heads, cache_bytes=cache_bytes))
+        self._opener = StreamOpener(self._view, self.bounds, root)
         self._writer: StreamWriter | None = None
         self._moved: list[Moved] = []  # by going back to a checkpoint
         self._went_back_to: str | None = None
@@ -88,7 +85,7 @@ class ReplayStore(Selection):
         `env_spec` is gymnasium's `EnvSpec.to_json()` and `frame_stack` the stack of the
         environment's observations; both are kept for `make_env` and the user.
         """
-        _check_num_envs(num_envs)
+        check_num_envs(num_envs)
         if not isinstance(schema, Schema):
             raise UsageError(f"schema: expected a Schema, got {schema!r}")
         if not isinstance(env_spec, str | None):
@@ -328,67 +325,9 @@ class ReplayStore(Selection):
         return self._writer
 
     def _open_writer(self, num_envs: int | None) -> None:
-        """Take the newest stream of this many environments that nobody holds, or a new one."""
         self._check_writable()
-        heads = self._view.heads
-        newest = max(heads, default=-1)
-        if num_envs is None:
-            num_envs = heads[newest].num_envs if heads else 1
-        _check_num_envs(num_envs)
-        ours = [stream for stream in sorted(heads, reverse=True) if heads[stream].num_envs == num_envs]
-        for stream in itertools.chain(ours, itertools.count(newest + 1)):
-            make_directory(stream_path(self.path, stream), exist_ok=True)
-            if self._hold(stream, num_envs):
-                return
-
-    def _hold(self, stream: int, num_envs: int) -> bool:
-        """Lock a stream and take up its writing; False if another writer has it."""
-        path = stream_path(self.path, stream)
-        lock = Lock.acquire(path / "lock")
-        if lock is None:
-            return False
-        try:
-            if not has_head(path):
-                empty = empty_head(self.schema, num_envs, is_bounded=not self.bounds.is_none)
-                create_stream(path, self.schema, empty, self._root)
-            head = self._newest_head(stream)
-            if head.num_envs != num_envs:  # made meanwhile by somebody else
-                lock.release()
-                return False
-        except BaseException:
-            lock.release()
-            raise
-        self._writer = self._begin_writer(stream, lock, head)
+        self._writer = self._opener.newest(num_envs)
         self._view.attach(self._writer)
-        return True
-
-    def _begin_writer(self, stream: int, lock: Lock, head: Head) -> StreamWriter:
-        """A writer that goes on from a stream's newest head."""
-        path = stream_path(self.path, stream)
-        try:
-            keep_head(path, head, self.schema)
-            writer = StreamWriter(
-                path, self.schema, head, number=stream, lock=lock, **self._room_of(stream, head)
-            )
-        except BaseException:
-            lock.release()
-            raise
-        try:
-            if writer.head.commit > head.commit:
-                self._view.load({stream: encode_head(writer.head, self.schema)})
-            self._refill(writer, head)
-        except BaseException:
-            writer.discard()
-            raise
-        writer.start()
-        return writer
-
-    def _room_of(self, stream: int, head: Head) -> dict[str, Any]:
-        """What makes a writer keep within the store's bounds."""
-        if self.bounds.is_none:
-            return {}
-        rows = ring_rows(self.schema, self.bounds, head.num_envs)
-        return {"room": Room(self.path, stream, self.schema, self.bounds), "ring_rows": rows}
 
     def _go_back(self, checkpoint: Checkpoint, num_envs: int | None) -> None:
         """Take all streams back to a checkpoint, and go on with the one that its writer had."""
@@ -396,8 +335,7 @@ class ReplayStore(Selection):
         locks = lock_streams(self.path)
 
         def begin(stream: int) -> StreamWriter:
-            head = self._newest_head(stream)
-            return self._begin_writer(stream, locks.pop(stream), head)
+            return self._opener.take_up(stream, locks.pop(stream))
 
         try:
             self._view.refresh()
@@ -414,31 +352,6 @@ class ReplayStore(Selection):
         finally:
             for lock in locks.values():
                 lock.release()
-
-    def _newest_head(self, stream: int) -> Head:
-        """The head to go on from; the stream is locked, so nobody replaces it."""
-        path = stream_path(self.path, stream)
-        known = self._view.heads.get(stream)
-        data = read_head(path)
-        if known is not None and decode_head(data, self.schema, path / HEAD).commit > known.commit:
-            data = self._view.choose_heads()[stream]
-            if data != read_head(path):
-                write_atomic(path / HEAD, data)  # what this copy lacks is given up
-        self._view.load({stream: data})
-        return self._view.heads[stream]
-
-    def _refill(self, writer: StreamWriter, head: Head) -> None:
-        for env, (floor, rows) in enumerate(zip(writer.floor_of(head), head.rows, strict=True)):
-            if floor < rows:
-                one = np.array([0])
-                places = Places(one + writer.number, one + env, one + floor, one, one)
-                times = {
-                    name: np.arange(floor, head.field_rows(self.schema, name)[env])[None]
-                    for name in self.schema.by_name
-                }
-                arrays = self._view.arrays(places, times)
-                rings = {name: array[0] for name, array in arrays.items()}
-                writer.refill(env, int(floor), int(rows - floor), rings)
 
     def _check_writable(self) -> None:
         if not os.access(self.path / "streams", os.W_OK):
@@ -458,8 +371,3 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _check_num_envs(num_envs: Any) -> None:
-    if not isinstance(num_envs, int) or isinstance(num_envs, bool) or not 1 <= num_envs <= MAX_NUM_ENVS:
-        raise UsageError(f"num_envs: expected an int from 1 to {MAX_NUM_ENVS}, got {num_envs!r}")

@@ -51,6 +51,7 @@ LAYER = {
     "checkpoints": 8,
     "contents": 9,
     "going_back": 9,
+    "opening": 9,
     "repair": 10,
     "view": 8,
     "selection": 9,
