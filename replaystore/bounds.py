@@ -5,22 +5,26 @@ from typing import Any, NamedTuple
 
 from replaystore.errors import UsageError
 
+_NAMES = ("capacity", "capacity_bytes", "max_age")
+
 
 class Bounds(NamedTuple):
     """The most that a store keeps; None where there is no bound.
 
     `capacity` in transitions, `capacity_bytes` in bytes on disk, `max_age` in seconds since an
-    episode began. What is beyond is evicted, the oldest first.
+    episode began. What is beyond is evicted, the oldest first; of a `reservoir`, which has a capacity
+    alone, any episode with the same probability.
     """
 
     capacity: int | None = None
     capacity_bytes: int | None = None
     max_age: float | None = None
+    reservoir: bool = False
 
     @property
     def is_none(self) -> bool:
         """Whether nothing is ever evicted."""
-        return all(bound is None for bound in self)
+        return self.capacity is None and self.capacity_bytes is None and self.max_age is None
 
 
 def check_bounds(bounds: Bounds) -> None:
@@ -31,6 +35,10 @@ def check_bounds(bounds: Bounds) -> None:
     age = bounds.max_age
     if age is not None and (type(age) not in (int, float) or not 0 < age < math.inf):
         raise UsageError(f"max_age: expected None or a number of seconds above 0, got {age!r}")
+    if type(bounds.reservoir) is not bool:
+        raise UsageError(f"reservoir: expected True or False, got {bounds.reservoir!r}")
+    if bounds.reservoir and (bounds.capacity is None or (bounds.capacity_bytes, age) != (None, None)):
+        raise UsageError(f"reservoir: expected a capacity, and no capacity_bytes or max_age, got {bounds}")
 
 
 def check_bounds_are(stored: Bounds, given: Bounds, where: str) -> None:
@@ -43,12 +51,14 @@ def check_bounds_are(stored: Bounds, given: Bounds, where: str) -> None:
 
 
 def bounds_to_json(bounds: Bounds) -> dict[str, Any]:
-    return bounds._asdict()
+    """As JSON; `reservoir`, which older versions of this package do not know, where it is true alone."""
+    values = bounds._asdict()
+    return values if bounds.reservoir else {name: values[name] for name in _NAMES}
 
 
 def bounds_from_json(data: Any) -> Bounds:
     """Read what `bounds_to_json` gave; raises `UsageError` for anything else."""
-    if not isinstance(data, dict) or data.keys() != set(Bounds._fields):
+    if not isinstance(data, dict) or data.keys() - {"reservoir"} != set(_NAMES):
         raise UsageError(f"expected the bounds {Bounds._fields}, got {data!r}")
     bounds = Bounds(**data)
     check_bounds(bounds)

@@ -6,6 +6,7 @@ memory before that, so that after a failure the same commit can be done again fr
 
 `StreamCommitter.evict` goes the other way: first a head that names less; when it is durable,
 `remove_evicted` removes the files that it no longer names, or the next writer does after a crash.
+`evict_stream` gives up a whole stream in the same way.
 """
 
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ from replaystore.files import (
 )
 from replaystore.flat import FlatState, FlatWriter
 from replaystore.head import Evicted, Head, forget_older_heads, write_head
+from replaystore.index import CONTEXT
 from replaystore.metadata import render_array, render_group
 from replaystore.packed import PackedWriter, ShardState
 from replaystore.ring import Ring
@@ -187,17 +189,7 @@ class StreamCommitter:
 
     def remove_evicted(self) -> None:
         """Remove the files that the head names no more, also those of a writer that was killed."""
-        for field in self._schema.fields:
-            start = self.head.first_file(self._schema.shard_rows(field, self._num_envs))
-            folder = self.path / field.name / "c"
-            for name in list_directory(folder) if start and folder.is_dir() else []:
-                if name.isdigit() and int(name) < start:
-                    remove_tree(folder / name)
-        folder = self.path / "index"
-        for name in list_directory(folder) if self.head.first_part and folder.is_dir() else []:
-            number = name.removesuffix(".arrow")
-            if number.isdigit() and int(number) < self.head.first_part:
-                remove(folder / name)
+        _remove_evicted(self.path, self.head, self._schema)
 
     # ---- the next head
 
@@ -292,6 +284,42 @@ class StreamCommitter:
                 data = render_array(self._schema, field, num_envs=self._num_envs, length=length)
                 write_atomic(self.path / field.name / "zarr.json", data)
                 self._lengths[field.name] = length
+
+
+def evict_stream(path: Path, head: Head, schema: Schema) -> None:
+    """Give up all of a stream that nobody writes, for good; does what is left to do if it was cut short.
+
+    `head` is the stream's newest. Its rows stay counted, so that no id is given twice.
+    """
+    if not head.is_evicted:
+        sizes = [schema.shard_rows(field, head.num_envs) for field in schema.fields]
+        end = max(-(-int(head.rows.max()) // size) * size for size in sizes)
+        head = replace(
+            head,
+            commit=head.commit + 1,
+            files={name: {} for name in head.files},
+            parts=(),
+            episodes=head.episodes.slice(0, 0),
+            open=head.open.slice(0, 0),
+            evicted=Evicted(end + CONTEXT, head.next_part + 1),  # as if the last were sealed as a part
+        )
+        write_head(path, head, schema)
+    forget_older_heads(path, head)
+    _remove_evicted(path, head, schema)
+
+
+def _remove_evicted(path: Path, head: Head, schema: Schema) -> None:
+    for field in schema.fields:
+        start = head.first_file(schema.shard_rows(field, head.num_envs))
+        folder = path / field.name / "c"
+        for name in list_directory(folder) if start and folder.is_dir() else []:
+            if name.isdigit() and int(name) < start:
+                remove_tree(folder / name)
+    folder = path / "index"
+    for name in list_directory(folder) if head.first_part and folder.is_dir() else []:
+        number = name.removesuffix(".arrow")
+        if number.isdigit() and int(number) < head.first_part:
+            remove(folder / name)
 
 
 class MakesRoom(Protocol):

@@ -14,7 +14,8 @@
 
 `files` and `parts` name what is left: of a field the files that do not lie wholly below row
 `evicted - CONTEXT`, and the parts from number `evicted.parts`. Episodes below the row may still
-stand in a part that holds others; readers pass over them. `closed` counts them.
+stand in a part that holds others; readers pass over them. `closed` counts them. Of a stream that was
+evicted as a whole the row is one above all files, and nothing is named.
 
 The file's own crc32c stands in the Arrow schema's metadata, "replaystore-crc32c:" and 8 hex
 digits, which is there twice (Arrow repeats the schema in its footer); it is computed with zeros
@@ -86,6 +87,11 @@ class Head:
     def floor(self) -> int:
         """The row below which all transitions are gone, in every environment."""
         return 0 if self.evicted is None else self.evicted.floor
+
+    @property
+    def is_evicted(self) -> bool:
+        """Whether the stream was evicted as a whole: nobody will write it again."""
+        return self.floor > int(self.rows.max())
 
     @property
     def first_part(self) -> int:
@@ -228,7 +234,8 @@ def _check_evicted(head: Head, path: Path) -> None:
         raise CorruptionError(f"{path}: expected parts from number {head.first_part}, found {numbers}")
     if head.closed < len(head.episodes):
         raise CorruptionError(f"{path}: expected {len(head.episodes)} closed episodes, found {head.closed}")
-    if head.floor > head.rows.min():
+    named = len(head.parts) + len(head.episodes) + len(head.open)
+    if head.floor > head.rows.min() and (named or not head.rows.max() < head.floor < 1 << 40):
         raise CorruptionError(f"{path}: expected eviction within {head.rows} rows, found {head.floor}")
 
 

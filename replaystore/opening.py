@@ -9,7 +9,7 @@ import numpy as np
 from replaystore.arena import stream_path
 from replaystore.bounds import Bounds
 from replaystore.commit import create_stream
-from replaystore.errors import UsageError
+from replaystore.errors import UsageError, WriterBusy
 from replaystore.files import Lock, make_directory, write_atomic
 from replaystore.head import HEAD, Head, decode_head, empty_head, encode_head, has_head, keep_head, read_head
 from replaystore.index import Places
@@ -29,17 +29,29 @@ class StreamOpener:
 
     def newest(self, num_envs: int | None) -> StreamWriter:
         """Write the newest stream of this many environments that nobody holds, or a new one."""
-        heads = self._view.heads
+        heads, num_envs = self._view.heads, self.width(num_envs)
         newest = max(heads, default=-1)
-        if num_envs is None:
-            num_envs = heads[newest].num_envs if heads else 1
-        check_num_envs(num_envs)
         ours = [stream for stream in sorted(heads, reverse=True) if heads[stream].num_envs == num_envs]
         for stream in itertools.chain(ours, itertools.count(newest + 1)):
             writer = self.open(stream, num_envs)
             if writer is not None:
                 return writer
         raise AssertionError("streams have no end")
+
+    def width(self, num_envs: int | None) -> int:
+        """So many environments, once that is checked; by default as many as the newest stream has."""
+        heads = self._view.heads
+        if num_envs is None:
+            return heads[max(heads)].num_envs if heads else 1
+        check_num_envs(num_envs)
+        return num_envs
+
+    def only(self, stream: int, num_envs: int) -> StreamWriter:
+        """Write a stream that nobody else may hold; `WriterBusy` if somebody does."""
+        writer = self.open(stream, num_envs)
+        if writer is None:
+            raise WriterBusy(f"{self._path(stream)}: expected nobody to write the stream, found a writer")
+        return writer
 
     def open(self, stream: int, num_envs: int) -> StreamWriter | None:
         """Write a stream, which is made if there is none; None if another writer has it."""
@@ -97,6 +109,8 @@ class StreamOpener:
             return {}
         schema = self._view.schema
         rows = ring_rows(schema, self._bounds, head.num_envs)
+        if self._bounds.reservoir:  # whose streams are evicted as a whole
+            return {"ring_rows": rows}
         return {"room": Room(self._view.path, stream, schema, self._bounds), "ring_rows": rows}
 
     def _newest_head(self, stream: int) -> Head:

@@ -211,7 +211,7 @@ class Reader:
         """Give every stream a place with room to grow, and map all files anew."""
         base, spaces = 0, {}
         for stream, head in sorted(heads.items()):
-            rows = 2 * self._needed_rows(head)
+            rows = 2 * max(self._needed_rows(head), self._schema.time_chunk(head.num_envs) * head.num_envs)
             spaces[stream] = StreamSpace(head, base, rows)
             base += rows
         flat = {field.name: FlatColumn(field, base) for field in self._schema.fields if not field.packed}

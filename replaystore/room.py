@@ -28,6 +28,7 @@ from replaystore.spans import Spans
 
 FILES = 8  # that a full stream of the smallest bound has of a field, at least, where rows allow it
 CHUNKS = 8  # that a bound must have room for, of each environment
+STREAMS = 32  # of a full reservoir
 SLACK = 16  # a bound's part that is evicted beyond need
 MAX_ROW = np.iinfo(np.int64).max
 FloorOf = Callable[[StreamCommitter, int], int]
@@ -43,18 +44,29 @@ def fitted_schema(schema: Schema, bounds: Bounds, num_envs: int) -> Schema:
         return schema
     _check_large_enough(schema, bounds, num_envs)
     longest = max((field.chunk_rows for field in schema.fields if field.packed), default=1)
+    rows = stream_length(schema, bounds, num_envs) if bounds.reservoir else max(1, rows // FILES)
     return Schema(
         schema.fields,
         schema.columns,
-        file_rows=min(schema.file_rows, max(1, rows // FILES)),
-        shard_chunks=min(schema.shard_chunks, max(1, rows // FILES // longest)),
+        file_rows=min(schema.file_rows, rows),
+        shard_chunks=min(schema.shard_chunks, max(1, rows // longest)),
     )
 
 
 def ring_rows(schema: Schema, bounds: Bounds, num_envs: int) -> int | None:
     """The most rows of an environment that a writer should hold in memory, if the bounds say so."""
     rows = _rows_within(schema, bounds)
-    return None if rows is None else max(1, rows // (FILES * num_envs))
+    if rows is None:
+        return None
+    return max(
+        1, (stream_length(schema, bounds, num_envs) if bounds.reservoir else rows // FILES) // num_envs
+    )
+
+
+def stream_length(schema: Schema, bounds: Bounds, num_envs: int) -> int:
+    """About how many transitions a stream of a reservoir has: a 32nd of them, or one chunk of each environment."""
+    assert bounds.capacity is not None, bounds
+    return max(bounds.capacity // STREAMS, _least(schema, num_envs))
 
 
 def _row_nbytes(schema: Schema) -> int:
@@ -69,9 +81,13 @@ def _rows_within(schema: Schema, bounds: Bounds) -> int | None:
     return min(allowed, default=None)
 
 
+def _least(schema: Schema, num_envs: int) -> int:
+    """Rows of a chunk of each environment."""
+    return max(16, *(field.chunk_rows for field in schema.fields)) * num_envs
+
+
 def _check_large_enough(schema: Schema, bounds: Bounds, num_envs: int) -> None:
-    chunk = max(field.chunk_rows for field in schema.fields)
-    least = CHUNKS * max(chunk, 16) * num_envs
+    least = CHUNKS * _least(schema, num_envs)
     if bounds.capacity is not None and bounds.capacity < least:
         raise UsageError(
             f"capacity: expected at least {least} transitions, {CHUNKS} chunks of {num_envs} environments,"

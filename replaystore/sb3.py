@@ -131,6 +131,8 @@ class ReplayStoreBuffer(ReplayBuffer):
         if difference is None and (widths != self.n_envs).any():
             held = " and ".join(map(str, widths))
             difference = f"expected the n_envs that it was written with, {held}, got {self.n_envs}"
+        if difference is None and store.bounds.reservoir:
+            difference = "expected one that has its newest transitions, found a reservoir"
         if difference is not None:
             self.close()
             raise SchemaError(f"{self.path}: the store is of another kind: {difference}")

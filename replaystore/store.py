@@ -25,11 +25,13 @@ from replaystore.checkpoints import (
 )
 from replaystore.contents import NONE, pack_content, restore_content, unpack_content
 from replaystore.errors import ClosedError, ReadOnlyError, UsageError
+from replaystore.evictions import read_evictions
 from replaystore.files import disk_usage
 from replaystore.going_back import go_back, lock_streams, target_of
 from replaystore.metadata import parse_root, render_root
 from replaystore.opening import StreamOpener, check_num_envs
-from replaystore.room import fitted_schema
+from replaystore.reservoir import ReservoirWriter
+from replaystore.room import fitted_schema, stream_length
 from replaystore.root import make_root, read_root
 from replaystore.samplers import Sampler
 from replaystore.schema import Schema
@@ -57,7 +59,7 @@ class ReplayStore(Selection):
         self.bounds: Bounds = attributes["bounds"]
         super().__init__(View(path, attributes["schema"], heads=heads, cache_bytes=cache_bytes))
         self._opener = StreamOpener(self._view, self.bounds, root)
-        self._writer: StreamWriter | None = None
+        self._writer: StreamWriter | ReservoirWriter | None = None
         self._moved: list[Moved] = []  # by going back to a checkpoint
         self._went_back_to: str | None = None
         _stores.add(self)
@@ -72,15 +74,20 @@ class ReplayStore(Selection):
         capacity_bytes: int | None = None,
         max_age: float | None = None,
         *,
+        reservoir: bool = False,
         env_spec: str | None = None,
         frame_stack: int = 1,
         cache_bytes: int = CACHE_BYTES,
+        rng: np.random.Generator | None = None,
     ) -> Self:
         """Make a store in a directory that is new or empty, and open it for writing.
 
         With `capacity`, in transitions, `capacity_bytes`, on disk, or `max_age`, in seconds since an
         episode began, the oldest transitions are evicted: those of all streams count together, a
         full store keeps at least 15/16 of its capacity. Files get as short as that needs.
+
+        A `reservoir` of a capacity keeps each episode ever seen with the same probability, `admission`,
+        for continual learning: `rng` says which ones are recorded and which evicted.
 
         `env_spec` is gymnasium's `EnvSpec.to_json()` and `frame_stack` the stack of the
         environment's observations; both are kept for `make_env` and the user.
@@ -92,13 +99,13 @@ class ReplayStore(Selection):
             raise UsageError(f"env_spec: expected a str or None, got {env_spec!r}")
         if type(frame_stack) is not int or frame_stack < 1:
             raise UsageError(f"frame_stack: expected an int from 1, got {frame_stack!r}")
-        bounds = Bounds(capacity, capacity_bytes, max_age)
+        bounds = Bounds(capacity, capacity_bytes, max_age, reservoir)
         check_bounds(bounds)
         schema = fitted_schema(schema, bounds, num_envs)
         path = Path(os.path.abspath(path))
         data = render_root(schema, env_spec=env_spec, frame_stack=frame_stack, bounds=bounds)
         make_root(path, data)
-        return cls.open(path, "a", num_envs=num_envs, cache_bytes=cache_bytes)
+        return cls.open(path, "a", num_envs=num_envs, cache_bytes=cache_bytes, rng=rng)
 
     @classmethod
     def open(
@@ -110,12 +117,14 @@ class ReplayStore(Selection):
         cache_bytes: int = CACHE_BYTES,
         heads: Mapping[int, bytes] | None = None,
         at: str | None = None,
+        rng: np.random.Generator | None = None,
     ) -> Self:
         """Open to read ("r"), or also to append ("a").
 
         Appending continues the newest stream of `num_envs` (by default: of the newest stream)
         that nobody holds, or starts a new one. `cache_bytes` bounds the decoded chunks kept in
-        memory. `heads`, from another process's `store.snapshot`, opens that commit exactly.
+        memory. `heads`, from another process's `store.snapshot`, opens that commit exactly. A reservoir
+        has one writer at a time, or else `WriterBusy`; `rng` decides what it records and evicts.
 
         `at` appends where a checkpoint left the store: with its transitions in its order, and its
         open episodes, which `step` continues. What was recorded later, by anybody, is dropped:
@@ -129,6 +138,8 @@ class ReplayStore(Selection):
             raise UsageError(f"cache_bytes: expected an int from 0, got {cache_bytes!r}")
         if at is not None and (mode == "r" or heads is not None):
             raise UsageError('at: expected mode "a" and no heads, to go on from a checkpoint')
+        if rng is not None and not isinstance(rng, np.random.Generator):
+            raise UsageError(f"rng: expected a numpy.random.Generator, got {rng!r}")
         path = Path(os.path.abspath(path))
         checkpoint = None if at is None else read_checkpoint(path, at)
         store = cls(path, heads=heads, cache_bytes=cache_bytes)
@@ -136,7 +147,7 @@ class ReplayStore(Selection):
             store._go_back(checkpoint, num_envs)
             store._went_back_to = at
         elif mode == "a":
-            store._open_writer(num_envs)
+            store._open_writer(num_envs, rng)
         return store
 
     # ---- writing
@@ -295,6 +306,17 @@ class ReplayStore(Selection):
         """Bytes on disk: the blocks of every file in the directory."""
         return disk_usage(self.path)
 
+    @property
+    def admission(self) -> float:
+        """The probability with which an episode is recorded: 1, but for a reservoir.
+
+        Of a reservoir also that with which each episode seen so far is there.
+        """
+        with self._view.lock:
+            if isinstance(self._writer, ReservoirWriter):
+                return self._writer.admission
+            return read_evictions(self.path, self._view.heads).admission if self.bounds.reservoir else 1.0
+
     def make_env(self, **kwargs: Any) -> Any:
         """Make the recorded environment again, by gymnasium's `make` with these arguments.
 
@@ -318,19 +340,38 @@ class ReplayStore(Selection):
 
     # ---- the writer
 
-    def _writable(self) -> StreamWriter:
+    def _writable(self) -> StreamWriter | ReservoirWriter:
         self._check_open()
         if self._writer is None:
             raise ReadOnlyError(f'{self.path}: opened with mode "r"; open it with mode "a" to write')
         return self._writer
 
-    def _open_writer(self, num_envs: int | None) -> None:
+    def _open_writer(self, num_envs: int | None, rng: np.random.Generator | None) -> None:
         self._check_writable()
-        self._writer = self._opener.newest(num_envs)
-        self._view.attach(self._writer)
+        if self.bounds.reservoir:
+            self._writer = self._fill_reservoir(num_envs, rng)
+            return
+        self._writer = writer = self._opener.newest(num_envs)
+        self._view.attach(writer)
+
+    def _fill_reservoir(self, num_envs: int | None, rng: np.random.Generator | None) -> ReservoirWriter:
+        capacity, num_envs = self.bounds.capacity, self._opener.width(num_envs)
+        assert capacity is not None, self.bounds
+        return ReservoirWriter(
+            self._view,
+            self._opener.only,
+            num_envs=num_envs,
+            capacity=capacity,
+            stream_length=stream_length(self.schema, self.bounds, num_envs),
+            rng=np.random.default_rng() if rng is None else rng,
+        )
 
     def _go_back(self, checkpoint: Checkpoint, num_envs: int | None) -> None:
         """Take all streams back to a checkpoint, and go on with the one that its writer had."""
+        if self.bounds.reservoir:
+            raise UsageError(
+                f"at: {self.path} is a reservoir, which cannot have back what it has evicted since"
+            )
         self._check_writable()
         locks = lock_streams(self.path)
 

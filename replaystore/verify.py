@@ -4,6 +4,7 @@ Nothing is written. A finding names a file, what was expected and
 found, and the rows that cannot be trusted for it; `repair.py` keeps the others.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from replaystore.arena import stream_path
 from replaystore.codec import ChunkCodec
 from replaystore.episodes import decode_table, episode_schema, integers, part_path, read_part
 from replaystore.errors import ReplayStoreError
+from replaystore.evictions import EVICTED, FOLDER, read_evictions
 from replaystore.field import Field
 from replaystore.files import chunk_path, list_directory, map_whole, read_bytes, read_range, size_of
 from replaystore.flat import file_checksum
@@ -76,6 +78,7 @@ def verify(root: Path, progress: Progress = lambda: None) -> Iterator[Finding]:
         yield Finding(root / "zarr.json", str(error), stop=EVERYTHING)
         return
     yield from _group(root / "streams", None)
+    yield from _evictions(root, schema)
     for stream in stream_numbers(root):
         yield from verify_stream(root, stream, schema, progress)
     yield from verify_kept(root, progress)
@@ -104,6 +107,18 @@ def kept_files(root: Path) -> list[Path]:
         for name in list_directory(root / folder)
         if name.endswith(ending) or (folder, name) == (checkpoints.FOLDER, checkpoints.IDENTITY)
     ]
+
+
+def _evictions(root: Path, schema: Schema) -> Iterator[Finding]:
+    heads = {}
+    for stream in stream_numbers(root):
+        path = stream_path(root, stream)
+        with contextlib.suppress(ReplayStoreError, OSError):  # `verify_stream` says so
+            heads[stream] = decode_head(read_head(path), schema, path / HEAD)
+    try:
+        read_evictions(root, heads)
+    except (ReplayStoreError, OSError) as error:
+        yield Finding(root / FOLDER / EVICTED, str(error))
 
 
 def read_schema(root: Path) -> Schema:

@@ -142,12 +142,13 @@ class StreamWriter:
         """Begin an episode in each environment of `mask`; an open one ends there, cut short."""
         with self.lock:
             self._check_usable()
-            envs = self._envs(mask)
-            flat = self._schema.flatten_top("observation", observation)
-            values = {name: self._accept(name, value) for name, value in flat.items()}
+            envs = self.envs(mask)
+            values = self._accept_observation(observation)
             seeds = check_seeds(seed, self._num_envs)
             policy = check_policy(policy)
             described = [self._columns({} if columns is None else columns, env) for env in envs]
+            if not envs:
+                return
             for env in envs:
                 self._cut(env)
                 self._catch_up(env)
@@ -157,6 +158,23 @@ class StreamWriter:
             for env, row_columns in zip(envs, described, strict=True):
                 self._open[env] = OpenEpisode(rows[env], seeds[env], now, policy, row_columns)
 
+    def check_reset(
+        self,
+        observation: Any,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        mask: np.ndarray | None = None,
+        policy: str | None = None,
+        columns: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raise what `reset` would of these arguments."""
+        envs = self.envs(mask)
+        self._accept_observation(observation)
+        check_seeds(seed, self._num_envs)
+        check_policy(policy)
+        for env in envs:
+            self._columns({} if columns is None else columns, env)
+
     def step(self, values: Mapping[str, Any], mask: np.ndarray | None = None) -> None:
         """Append what was done from the last row, and the observation that followed."""
         with self.lock:
@@ -164,7 +182,7 @@ class StreamWriter:
             if self._num_envs == 1 and mask is None:
                 self._step_one(values)
             else:
-                self._step_many(values, self._envs(mask))
+                self._step_many(values, self.envs(mask))
 
     def _step_one(self, values: Mapping[str, Any]) -> None:
         episode = self._open[0]
@@ -200,6 +218,8 @@ class StreamWriter:
             raise UsageError(f"step before reset: environments {closed} have no open episode")
         flat, lead = self._schema.flatten(values), self._lead or (1,)
         accepted = {name: self._accept(name, flat[name]) for name in self._step_names}
+        if not envs:
+            return
         for env in envs:
             self._wait_for_room(env)
         terminated, truncated, reward = (
@@ -250,7 +270,7 @@ class StreamWriter:
         """
         with self.lock:
             self._check_usable()
-            env = int(np.argmin(self._rows)) if env is None else env
+            env = self.shortest if env is None else env
             if self._open[env] is not None:
                 raise UsageError("add_episode while an episode is open: finish it with step or reset first")
             arrays = self._accept_episode(values)
@@ -265,6 +285,48 @@ class StreamWriter:
             except BaseException:
                 self._end_added(env, arrays)
                 raise
+
+    def check_episode(
+        self,
+        values: Mapping[str, Any],
+        *,
+        env: int,
+        seed: int | None,
+        policy: str | None,
+        columns: Mapping[str, Any],
+    ) -> int:
+        """Raise what `add_episode` would of these arguments; returns the episode's length."""
+        length = len(self._accept_episode(values)["reward"])
+        check_policy(policy)
+        self._columns(columns, env)
+        check_seed(seed)
+        return length
+
+    def cut(self, env: int) -> None:
+        """End an environment's open episode, if it has one, neither terminated nor truncated."""
+        with self.lock:
+            self._cut(env)
+
+    def prepare(self, envs: Sequence[int]) -> None:
+        """Raise now what a step of these environments would, but for its values; wait until there is room.
+
+        While the caller holds `lock`, the step then raises nothing else.
+        """
+        with self.lock:
+            self._check_usable()
+            for env in envs:
+                self._wait_for_room(env)
+
+    def is_open(self, env: int) -> bool:
+        """Whether an environment has an open episode."""
+        with self.lock:
+            self._settle(env)
+            return self._open[env] is not None
+
+    @property
+    def shortest(self) -> int:
+        """The environment with the fewest rows."""
+        return int(np.argmin(self._rows))
 
     def _end_added(self, env: int, arrays: Mapping[str, np.ndarray]) -> None:
         """End an added episode as it says; cut short if an error or interrupt kept rows out."""
@@ -308,6 +370,10 @@ class StreamWriter:
         if (arrays["terminated"][:-1] | arrays["truncated"][:-1]).any():
             raise SchemaError("add_episode: terminated or truncated before the last transition")
         return arrays
+
+    def _accept_observation(self, observation: Any) -> dict[str, np.ndarray]:
+        flat = self._schema.flatten_top("observation", observation)
+        return {name: self._accept(name, value) for name, value in flat.items()}
 
     def _accept(self, name: str, value: Any) -> np.ndarray:
         """A field's value as an array (num_envs, *shape)."""
@@ -379,7 +445,8 @@ class StreamWriter:
             none = {name: array[:0, 0] for name, array in self._ring.arrays.items()}
             self._append_rows(env, none, behind)
 
-    def _envs(self, mask: np.ndarray | None) -> list[int]:
+    def envs(self, mask: np.ndarray | None) -> list[int]:
+        """The environments of a mask, (num_envs,) bool, all if there is none."""
         if mask is None:
             return list(range(self._num_envs))
         mask = np.asarray(mask)
@@ -597,7 +664,7 @@ class StreamWriter:
             self._adopt(committer.tidy(final=final), changes)
         except Exception as error:  # whatever it is, it belongs to the caller, not to this thread
             self._committer = None
-            failure = _commit_error(error, self.path)
+            failure = commit_error(error, self.path)
         with self.lock:
             self._failure = failure
             self._served = asked
@@ -683,7 +750,8 @@ def _commit_loop(reference: "weakref.ref[StreamWriter]", wake: threading.Event) 
         del writer
 
 
-def _commit_error(error: Exception, path: Path) -> CommitError:
+def commit_error(error: Exception, path: Path) -> CommitError:
+    """What a caller is told of an error that kept a commit from being made."""
     code = error.errno if isinstance(error, OSError) else None
     where = getattr(error, "filename", None) or path
     advice = "the rows are still in memory: make room and flush, or go on, and they are written again"

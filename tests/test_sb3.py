@@ -783,6 +783,16 @@ def test_a_store_with_fields_that_sb3_does_not_have_is_refused(tmp_path):
         buffer_for(walks(1), tmp_path / "a")
 
 
+def test_a_reservoir_is_refused(tmp_path):
+    mine = buffer_for(walks(1), tmp_path / "a")
+    feed(walks(1), [mine], 1)
+    schema = mine.store.schema
+    mine.close()
+    ReplayStore.create(tmp_path / "b", schema, capacity=500, reservoir=True).close()
+    with pytest.raises(SchemaError, match="found a reservoir"):
+        buffer_for(walks(1), tmp_path / "b")
+
+
 def test_a_dict_buffer_wants_a_dict(tmp_path):
     with pytest.raises(SchemaError, match="observation_space: expected a Dict, got Box"):
         ReplayStoreDictBuffer(10, BOX, FOUR, "cpu", path=tmp_path / "a")
