@@ -6,11 +6,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from recording import Recorder, check_transitions, schema
 from simulated_disk import Choice, DiskLog, Image
 
-from replaystore import ReplayStore, ReplayStoreError, commit, files, flat, packed
+from replaystore import ReplayStore, ReplayStoreError, Transition, commit, files, flat, packed, reservoir
+from replaystore.evictions import read_evictions
+from replaystore.index import STREAM_BIT
 
 STATES = ("none", "all", "journal", "random")
 
@@ -155,6 +158,99 @@ def test_every_state_of_an_evicting_writer_opens_at_a_commit(tmp_path, monkeypat
     found = failures(log, tmp_path, scratch, states=200, seed=0, find=problem_of_evicting)
     assert list(found) == []
     assert any(entry[0] == "unlink" and "/c/" in entry[1] for entry in log)
+
+
+SMALL = 160
+
+
+def record_reservoir(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Record several times what a reservoir may hold, with a reopening; returns the disk's log."""
+    disk = DiskLog(root)
+    monkeypatch.setattr(files, "os", disk)
+    count = 0
+    for rounds in (8, 3):
+        rng = np.random.default_rng(rounds)
+        if count:
+            store = ReplayStore.open(root / "store", "a", rng=rng)
+        else:
+            store = ReplayStore.create(root / "store", schema(), capacity=SMALL, reservoir=True, rng=rng)
+        with store:
+            recorder = Recorder(store, start=count)
+            for _ in range(rounds):
+                recorder.bulk(21)
+                recorder.step(14)
+                store.flush()
+                disk.note("ack", numbers_by_stream(store))
+            count = recorder.count
+    monkeypatch.setattr(files, "os", __import__("os"))
+    return disk.log
+
+
+def numbers_by_stream(store: ReplayStore) -> dict[int, set[int]]:
+    """The transitions of each stream, each as it was recorded."""
+    numbers = check_transitions(store)
+    ids = store.read(np.arange(len(store)), Transition()).ids
+    found: dict[int, set[int]] = {}
+    for number, id_ in zip(numbers, ids.tolist(), strict=True):
+        found.setdefault(id_ >> STREAM_BIT, set()).add(number)
+    return found
+
+
+def problem_of_reservoir(path: Path, acknowledged: int | dict[int, set[int]], *, append: bool) -> str | None:
+    """All that was acknowledged is there, but for streams that are evicted, and those are named."""
+    acknowledged = acknowledged or {}
+    if not (path / "zarr.json").exists():
+        return "no store" if acknowledged else None
+    try:
+        with ReplayStore.open(path, "a" if append else "r") as store:
+            store.check()
+            found = numbers_by_stream(store)
+            evicted = {stream for stream, head in store._view.heads.items() if head.is_evicted}
+            named = read_evictions(path, store._view.heads).streams
+            for stream, numbers in acknowledged.items():
+                if stream not in evicted and not numbers <= found.get(stream, set()):
+                    return f"of stream {stream} {sorted(numbers)} was acknowledged, found {found.get(stream)}"
+            if len(store) != len(set().union(*found.values())) or len(store) > SMALL:
+                return f"{len(store)} transitions, {found}"
+            if append and evicted != set(named):
+                return f"expected the eviction of {named} to be finished, found that of {evicted}"
+            if append:
+                Recorder(store, start=10**6).bulk(100)
+    except (ReplayStoreError, AssertionError, UserWarning) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def test_every_state_of_a_reservoir_opens_with_all_that_is_not_evicted(tmp_path, monkeypatch):
+    small_files(monkeypatch)
+    log = record_reservoir(tmp_path, monkeypatch)
+    scratch = tmp_path / "scratch"
+    found = failures(log, tmp_path, scratch, states=100, seed=0, find=problem_of_reservoir)
+    assert list(found) == []
+    assert any(entry[0] == "unlink" and "/c/" in entry[1] for entry in log)
+
+
+def evicted_before_it_is_named(patch: pytest.MonkeyPatch) -> None:
+    """The file that names evictions is written, but its name is not made durable."""
+    original = reservoir.write_evictions
+
+    def write(path, evictions):
+        sync, files.sync_directory = files.sync_directory, skip
+        try:
+            return original(path, evictions)
+        finally:
+            files.sync_directory = sync
+
+    patch.setattr(reservoir, "write_evictions", write)
+
+
+def test_an_eviction_that_is_not_durably_named_is_found(tmp_path, monkeypatch):
+    small_files(monkeypatch)
+    with monkeypatch.context() as patch:
+        evicted_before_it_is_named(patch)
+        log = record_reservoir(tmp_path, patch)
+    scratch = tmp_path / "scratch"
+    assert any(failures(log, tmp_path, scratch, states=200, seed=0, find=problem_of_reservoir))
 
 
 def files_before_head(patch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """Reservoirs: every episode ever seen is there with the same probability, whatever happens meanwhile."""
 
+import contextlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -10,7 +12,8 @@ import gymnasium
 import numpy as np
 import pytest
 from reservoirs import CountingStore, deviation, without_disk
-from test_eviction import actions_of, check_batch, head_of, image, small_schema
+from test_eviction import READER, actions_of, check_batch, head_of, image, small_schema
+from test_processes import started
 
 from replaystore import (
     CommitError,
@@ -377,6 +380,27 @@ def test_wrapped_environments_record_into_a_reservoir(tmp_path):
         assert recorder.store.admission < 1
         recorder.close()
     assert list(verify(tmp_path / "store")) == []
+
+
+@pytest.mark.usefixtures("_no_syncs")
+def test_readers_beside_a_reservoir_see_no_wrong_row_and_no_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.005)
+    with create(tmp_path) as store, contextlib.ExitStack() as stack:
+        fill(store, 10)
+        store.flush()
+        readers = [stack.enter_context(started(READER, store.path, seed)) for seed in range(2)]
+        for reader in readers:
+            assert json.loads(reader.stdout.readline()) == "begun"
+        for start in range(10, 80):
+            fill(store, 1, start=start)
+            check_batch(store.sample(8))
+        assert store.admission < 1
+        (store.path / "stop").touch()
+        for reader in readers:
+            output, errors = reader.communicate(timeout=60)
+            assert errors == ""
+            assert json.loads(output) > 5
 
 
 # ---- what is not recorded is checked all the same
