@@ -8,9 +8,11 @@ Proof that this is even: if every episode seen so far is there with probability 
 eviction with q (n - 1) / n, as it needed its stream to be spared, and that is the new q; and the next
 episode is there with the new q, as it is admitted so. At first all are there, and q is 1.
 
-(When streams are evicted depends on the lengths of the episodes that are there. So what is exact is
-that the expectation of 1/q over the evictions that spared an episode is 1. The probability of one of
-L transitions can differ from the others' by a part of about L / capacity.)
+When streams are evicted depends on the lengths of the episodes that are there, so q is a random number.
+What is exact then is that 1/q of an episode that is there, and 0 of one that is not, has the expectation
+1: each one there stands for 1/q that were seen. The probability of one of L transitions differs from the
+others' by a part of L / capacity at the most: with 1 to 60 of 300 by 6 percent, with 1 to 12 of 1,000 by
+less than what 4,000 simulated recordings show, half a percent.
 
 Each stream that is evicted, and n, are written down (`evictions.py`) before anything of it goes; so q
 and an eviction that was cut short are known after a crash.
@@ -71,6 +73,7 @@ class ReservoirWriter:
                 for stream, head in view.heads.items()
                 if head.evicted is not None and not head.is_evicted
             }
+            self._total = sum(self._held.values())
             for stream, head in view.heads.items():
                 if head.is_evicted:  # a writer that was killed may have left files
                     evict_stream(stream_path(view.path, stream), head, view.schema)
@@ -120,20 +123,30 @@ class ReservoirWriter:
 
     def step(self, values: Mapping[str, Any], mask: np.ndarray | None = None) -> None:
         """Append what was done from the last row, and what followed, to episodes that are recorded."""
+        if self._num_envs == 1 and mask is None:
+            self._step_one(values)
+            return
         envs = self._filling.envs(mask)
         self._make_room(sum(not self._is_outside[env] for env in envs))
-        if self._num_envs == 1 and not self._is_outside[0] and mask is None:
-            writer = self._at[0] if self._at[0].is_open(0) else self._filling
-            writer.step(values)
-            self._held[writer.number] += 1
-            return
         outside = [env for env in envs if self._is_outside[env]]
         parts = self._parts([env for env in envs if not self._is_outside[env]])
-        self._step_parts(values, parts or {self._filling: []})
+        self._filling.check_step(values) if not parts else self._step_parts(values, parts)
         if outside:
             over = np.logical_or(values["terminated"], values["truncated"]).reshape(-1)
             for env in outside:
                 self._is_outside[env] = not over[env]
+
+    def _step_one(self, values: Mapping[str, Any]) -> None:
+        if not self._is_outside[0]:
+            self._make_room(1)
+        if self._is_outside[0]:  # also if that made it so
+            self._check_owner()
+            self._filling.check_step(values)
+            self._is_outside[0] = not (values["terminated"] or values["truncated"])
+            return
+        writer = self._at[0] if self._at[0].is_open(0) else self._filling
+        writer.step(values)
+        self._count(writer, 1)
 
     def _parts(self, envs: list[int]) -> dict[StreamWriter, list[int]]:
         """Environments by the writer of their open episode; where none is open, the filling one says so."""
@@ -153,7 +166,7 @@ class ReservoirWriter:
             try:
                 for writer, envs in parts.items():
                     writer.step(values, self._mask(envs))
-                    self._held[writer.number] += len(envs)
+                    self._count(writer, len(envs))
                     done += envs
             except BaseException:
                 if done:
@@ -185,7 +198,11 @@ class ReservoirWriter:
         self._make_room(length)
         if self._filling is writer:  # or else it is evicted with the stream that it was to go to
             writer.add_episode(values, env=env, **described)
-            self._held[writer.number] += length
+            self._count(writer, length)
+
+    def _count(self, writer: StreamWriter, count: int) -> None:
+        self._held[writer.number] += count
+        self._total += count
 
     def _admits(self) -> bool:
         return bool(self._rng.random() < self.admission)
@@ -251,7 +268,7 @@ class ReservoirWriter:
     def _make_room(self, count: int) -> None:
         """Evict streams until there is room for so many transitions."""
         self._settle()
-        while sum(self._held.values()) + count > self._capacity:
+        while self._total + count > self._capacity:
             if len(self._held) == 1:
                 raise self._too_long()
             streams = sorted(self._held)
@@ -270,18 +287,24 @@ class ReservoirWriter:
 
     def _settle(self) -> None:
         """Do what a failure left undone: evict what is named as evicted, have a stream to fill."""
-        if os.getpid() != self._owner:
-            raise ForkError("this store was opened for writing by the parent process: open it again here")
+        self._check_owner()
+        if not self._doomed and self._filling.number in self._held:
+            return
         with _as_commit_error(self._view.path):
             self._evict_doomed()
             if self._filling.number not in self._held:
                 self._filling = self._begin(self._filling.number + 1)
 
+    def _check_owner(self) -> None:
+        if os.getpid() != self._owner:
+            raise ForkError("this store was opened for writing by the parent process: open it again here")
+
     def _evict_doomed(self) -> None:
         """Evict the streams that are named as evicted and still there."""
         while self._doomed:
             self._evict(self._doomed[0])
-            del self._held[self._doomed.pop(0)]
+            self._total -= self._held.pop(self._doomed[0])
+            del self._doomed[0]
 
     def _evict(self, stream: int) -> None:
         writer = self._view.writers.get(stream)

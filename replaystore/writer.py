@@ -241,6 +241,17 @@ class StreamWriter:
             self._undo(before)
             raise
 
+    def check_step(self, values: Mapping[str, Any]) -> None:
+        """Raise what `step` would of these values, whether or not an episode is open."""
+        flat = self._schema.flatten(values)
+        if self._num_envs > 1:
+            for name in self._step_names:
+                self._accept(name, flat[name])
+            return
+        for name, kept, accept, _, _ in self._setters:
+            if type(flat[name]) not in kept:
+                accept(flat[name])
+
     def _undo(self, before: Mapping[int, tuple[int, float]]) -> None:
         """After an interrupt in the middle of a step: episodes end before it, or with it if they did.
 

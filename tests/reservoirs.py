@@ -51,6 +51,9 @@ class CountingStream:
     def check_reset(self, observation, **_):
         pass
 
+    def check_step(self, values):
+        pass
+
     def check_episode(self, values, **_):
         return values["length"]
 
