@@ -329,6 +329,10 @@ class MakesRoom(Protocol):
         """Evict what pending rows need room for; returns the head that is then the newest."""
         ...
 
+    def ask(self, rows: Mapping[int, int]) -> None:
+        """Evict the rows of streams below one as well."""
+        ...
+
 
 def create_stream(path: Path, schema: Schema, head: Head, root: bytes) -> None:
     """Write a stream's metadata and its first commit, which names nothing yet.

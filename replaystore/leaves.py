@@ -89,6 +89,13 @@ class Leaves:
         assert numbers.min() >= 0, ids[numbers < 0]
         return numbers
 
+    def positive(self) -> np.ndarray:
+        """The ids of the items whose value is above 0, (items,) int64."""
+        leaves = np.flatnonzero(self._is_item)
+        leaves = leaves[self.tree.get(leaves) > 0]
+        ids: np.ndarray = (self._keys[leaves >> PAGE_BITS] << PAGE_BITS) + (leaves & (PAGE - 1))
+        return ids
+
     def evict(self, stream: int, row: int) -> None:
         """Forget the items of a stream below a row, time * num_envs + env; whole pages are used again."""
         self._floors[stream] = max(row, self._floors.get(stream, 0))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from replaystore.errors import UsageError
-from replaystore.index import EpisodeIndex
+from replaystore.index import STREAM_BIT, EpisodeIndex
 from replaystore.leaves import Leaves, restore_leaves
 from replaystore.samplers import Draw, Sampler
 
@@ -217,6 +217,23 @@ class Once(_ByLeaf):
             self._leaves.set(drawn, tree.get(drawn) - counts)
             return Draw(numbers, before / total)
 
+    def consumed(self, items: EpisodeIndex) -> dict[int, int]:
+        """By stream, the row below which no item has draws left, nor will one that is still recorded.
+
+        For `store.evict(sampler.consumed(store.items(window)))`.
+        """
+        with self._lock:
+            self._leaves.take_in(items, self._new_value)
+            ids = self._leaves.positive()
+        stream, row = ids >> STREAM_BIT, ids & ((1 << STREAM_BIT) - 1)
+        columns, width = np.cumsum(items.widths) - items.widths, items.widths[stream]
+        rows = _ends(items, columns)
+        np.minimum.at(rows, columns[stream] + row % width, row // width)
+        rows = np.maximum(rows - items.spacing.offset, 0)
+        streams = np.unique(items.episodes()[0])
+        lowest = np.minimum.reduceat(rows, columns)
+        return dict(zip(streams.tolist(), lowest[streams].tolist(), strict=True))
+
     def _state(self) -> dict[str, Any]:
         return {"draws": self._times}
 
@@ -225,6 +242,18 @@ class Once(_ByLeaf):
             raise UsageError(f"draws: expected a state with {self._times}, got {state['draws']!r}")
         if (state["values"] > self._times).any() or (state["values"] % 1 > 0).any():
             raise UsageError(f"values: expected whole numbers up to {self._times}")
+
+
+def _ends(items: EpisodeIndex, columns: np.ndarray) -> np.ndarray:
+    """By column, the row from which on items may still come, (columns,) int64; 0 where there was no episode."""
+    ends = np.zeros(int(items.widths.sum()), np.int64)
+    stream, env, _, last = items.episodes()
+    np.maximum.at(ends, columns[stream] + env, last + 1)
+    start = items.num_closed
+    stream, env, begin, counts = items.spans(start)
+    following = begin + counts * np.int64(items.spacing.stride)
+    ends[columns[stream] + env] = np.minimum(following, items.episodes(start)[3])
+    return ends
 
 
 def _checked_priorities(ids: Any, priorities: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ what commits write beside rows; while a full shard is repacked it is on disk twi
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -120,11 +120,28 @@ class Room:
         self._bounds = bounds
         self._clock = clock
         self._heads: dict[int, tuple[bytes, Head]] = {}  # of other streams, as they were last read
+        self._asked: dict[int, int] = {}  # by stream: the row below which the user wants no more
+        self._is_asked = False  # of other streams, since the last commit
         self._aged = -np.inf  # when episodes of other streams were last held against the clock
+
+    def ask(self, rows: Mapping[int, int]) -> None:
+        """Evict the rows of streams below one: at the next commit, or later where they still grow.
+
+        Streams that another process writes are left as they are. Any thread may call.
+        """
+        highest = {stream: max(row, self._asked.get(stream, 0)) for stream, row in rows.items()}
+        self._asked = self._asked | highest
+        self._is_asked = True
 
     def make(self, committer: StreamCommitter, pending: Pending) -> Head:
         """Evict what pending rows need room for; on any exception the last commit stands."""
-        floors = [0]
+        floors = [self._asked.get(self._stream, 0)]
+        if self._is_asked:
+            self._is_asked = False
+            self._others()
+            for other in self._idle():
+                _evict(other, self._asked.get(int(other.path.name), 0))
+                other.remove_evicted()
         if self._bounds.capacity is not None:
             floors.append(self._by_capacity(committer, pending, self._bounds.capacity))
         if self._bounds.capacity_bytes is not None:

@@ -28,6 +28,7 @@ from replaystore.errors import ClosedError, ReadOnlyError, UsageError
 from replaystore.evictions import read_evictions
 from replaystore.files import disk_usage
 from replaystore.going_back import go_back, lock_streams, target_of
+from replaystore.head import Head
 from replaystore.metadata import parse_root, render_root
 from replaystore.opening import StreamOpener, check_num_envs
 from replaystore.reservoir import ReservoirWriter
@@ -210,6 +211,22 @@ class ReplayStore(Selection):
             self._writable().add_episode(
                 fields, seed=seed, policy=policy, columns={} if columns is None else columns
             )
+
+    def evict(self, rows: Mapping[int, int]) -> None:
+        """Evict the rows of each stream below one, as `Once.consumed` gives them; of stores with bounds.
+
+        Commits what was appended, as `flush` does, and returns when they are evicted, as far as whole
+        chunks go; 64 rows more stay for stacks of frames. Streams that another process writes are left
+        as they are; in those that nobody writes the rows are shown until `refresh`.
+        """
+        with self._view.lock:
+            writer = self._writable()
+            if self.bounds.is_none or isinstance(writer, ReservoirWriter):
+                raise UsageError(
+                    f"evict: expected a store with capacity, capacity_bytes or max_age, and no reservoir,"
+                    f" {self.path} has {self.bounds}"
+                )
+            writer.evict(_checked_rows(rows, self._view.heads))
 
     def flush(self) -> None:
         """Return when every row appended before survives a kill and a power cut."""
@@ -401,6 +418,17 @@ class ReplayStore(Selection):
     def _check_open(self) -> None:
         if self._view.is_closed:
             raise ClosedError(f"{self.path}: the store is closed")
+
+
+def _checked_rows(rows: Any, heads: Mapping[int, Head]) -> dict[int, int]:
+    if not isinstance(rows, Mapping):
+        raise UsageError(f"evict: expected a dict of rows by stream, got {rows!r}")
+    for stream, row in rows.items():
+        if stream not in heads or not isinstance(row, int | np.integer) or row < 0:
+            raise UsageError(
+                f"evict: expected a row from 0 of a stream among {sorted(heads)}, got row {row!r} of {stream!r}"
+            )
+    return {int(stream): int(row) for stream, row in rows.items()}
 
 
 _stores: "weakref.WeakSet[ReplayStore]" = weakref.WeakSet()

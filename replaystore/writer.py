@@ -521,6 +521,16 @@ class StreamWriter:
 
     # ---- room, flush, close
 
+    def evict(self, rows: Mapping[int, int]) -> None:
+        """Evict the rows of streams below one; raises `CommitError` if that fails."""
+        with self.lock:
+            self._check_usable()
+            assert self._room is not None, self.path
+            self._commit_now()  # of what is in no commit nothing can be evicted
+            own = min(rows.get(self.number, 0), *self._rows)  # none that is still to come
+            self._room.ask({**rows, self.number: own})
+            self._commit_now()
+
     def flush(self) -> None:
         """Return when all that was appended before is durable; raises `CommitError` if it cannot be."""
         with self.lock:
