@@ -9,7 +9,7 @@ import numpy as np
 from replaystore.arena import stream_path
 from replaystore.bounds import Bounds
 from replaystore.commit import create_stream
-from replaystore.errors import UsageError, WriterBusy
+from replaystore.errors import UsageError
 from replaystore.files import Lock, make_directory, write_atomic
 from replaystore.head import HEAD, Head, decode_head, empty_head, encode_head, has_head, keep_head, read_head
 from replaystore.index import Places
@@ -28,7 +28,7 @@ class StreamOpener:
         self._root = root
 
     def newest(self, num_envs: int | None) -> StreamWriter:
-        """Write the newest stream of this many environments that nobody holds, or a new one."""
+        """Write the newest stream of this many environments that nobody holds, or a new one, and show it."""
         heads, num_envs = self._view.heads, self.width(num_envs)
         newest = max(heads, default=-1)
         ours = [stream for stream in sorted(heads, reverse=True) if heads[stream].num_envs == num_envs]
@@ -46,15 +46,8 @@ class StreamOpener:
         check_num_envs(num_envs)
         return num_envs
 
-    def only(self, stream: int, num_envs: int) -> StreamWriter:
-        """Write a stream that nobody else may hold; `WriterBusy` if somebody does."""
-        writer = self.open(stream, num_envs)
-        if writer is None:
-            raise WriterBusy(f"{self._path(stream)}: expected nobody to write the stream, found a writer")
-        return writer
-
     def open(self, stream: int, num_envs: int) -> StreamWriter | None:
-        """Write a stream, which is made if there is none; None if another writer has it."""
+        """Write a stream, which is made if there is none, and show it; None if another writer has it."""
         path = self._path(stream)
         make_directory(path, exist_ok=True)
         lock = Lock.acquire(path / "lock")
@@ -71,7 +64,14 @@ class StreamOpener:
         except BaseException:
             lock.release()
             raise
-        return self._begin(stream, lock, head)
+        writer = self._begin(stream, lock, head)
+        try:
+            self._view.attach(writer)
+            return writer
+        except BaseException:
+            writer.discard()
+            self._view.forget(writer)
+            raise
 
     def take_up(self, stream: int, lock: Lock) -> StreamWriter:
         """Write a stream whose lock is held already; without an error it is the writer's."""
@@ -95,13 +95,13 @@ class StreamOpener:
             raise
         try:
             if writer.head.commit > head.commit:
-                self._view.load({stream: encode_head(writer.head, schema)})
+                self._view.move_on({stream: encode_head(writer.head, schema)})
             self._refill(writer, head)
+            writer.start()
+            return writer
         except BaseException:
             writer.discard()
             raise
-        writer.start()
-        return writer
 
     def _room_of(self, stream: int, head: Head) -> dict[str, Any]:
         """What makes a writer keep within the store's bounds."""
@@ -122,7 +122,7 @@ class StreamOpener:
             data = self._view.choose_heads()[stream]
             if data != read_head(path):
                 write_atomic(path / HEAD, data)  # what this copy lacks is given up
-        self._view.load({stream: data})
+        self._view.move_on({stream: data})
         return self._view.heads[stream]
 
     def _refill(self, writer: StreamWriter, head: Head) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 
 from replaystore.arena import stream_path
 from replaystore.commit import evict_stream
-from replaystore.errors import CommitError, ForkError, UsageError, WriterBusy
+from replaystore.errors import ForkError, ReplayStoreError, UsageError, WriterBusy
 from replaystore.evictions import FOLDER, read_evictions, write_evictions
 from replaystore.files import Lock, make_directory, sweep_partials
 from replaystore.head import read_head
@@ -46,7 +46,7 @@ class ReservoirWriter:
     def __init__(
         self,
         view: View,
-        open_stream: Callable[[int, int], StreamWriter],
+        open_stream: Callable[[int, int], StreamWriter | None],
         *,
         num_envs: int,
         capacity: int,
@@ -55,7 +55,8 @@ class ReservoirWriter:
     ) -> None:
         """Go on from what is there; raises `WriterBusy` while another process writes the reservoir.
 
-        `open_stream(number, num_envs)` begins to write a stream that nobody writes.
+        `open_stream(number, num_envs)` begins to write a stream and has the view show it; it gives None
+        if that has a writer already.
         """
         self._view = view
         self._open_stream = open_stream
@@ -247,10 +248,13 @@ class ReservoirWriter:
         return newest if self._view.heads[newest].num_envs == self._num_envs else newest + 1
 
     def _begin(self, stream: int) -> StreamWriter:
-        writer = self._open_stream(stream, self._num_envs)
-        self._view.attach(writer)
+        """Write a stream, or a later one where an interrupt kept its writer from being known here."""
+        self._view.catch_up()
+        while stream not in self._view.writers:
+            if self._open_stream(stream, self._num_envs) is None:
+                stream += 1
         self._held.setdefault(stream, 0)
-        return writer
+        return self._view.writers[stream]
 
     def _move_on(self) -> None:
         """Before an episode begins: go on to the next stream if this one is full, and close what has ended."""
@@ -303,7 +307,8 @@ class ReservoirWriter:
         """Evict the streams that are named as evicted and still there."""
         while self._doomed:
             self._evict(self._doomed[0])
-            self._total -= self._held.pop(self._doomed[0])
+            self._held.pop(self._doomed[0], None)
+            self._total = sum(self._held.values())
             del self._doomed[0]
 
     def _evict(self, stream: int) -> None:
@@ -314,9 +319,10 @@ class ReservoirWriter:
                 self._is_outside[env] = True
             writer.discard()
             self._view.forget(writer)
+        self._view.catch_up()  # an interrupt may have left it half-way
         path = stream_path(self._view.path, stream)
         evict_stream(path, self._view.heads[stream], self._view.schema)
-        self._view.load({stream: read_head(path)})
+        self._view.move_on({stream: read_head(path)})
 
 
 def _lock(store: Path) -> Lock:
@@ -340,7 +346,7 @@ def _as_commit_error(path: Path) -> Iterator[None]:
     """Tell a caller of an error of the disk as of one in the background."""
     try:
         yield
-    except CommitError:
+    except ReplayStoreError:
         raise
     except OSError as error:
         raise commit_error(error, path) from error

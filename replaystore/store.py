@@ -368,15 +368,14 @@ class ReplayStore(Selection):
         if self.bounds.reservoir:
             self._writer = self._fill_reservoir(num_envs, rng)
             return
-        self._writer = writer = self._opener.newest(num_envs)
-        self._view.attach(writer)
+        self._writer = self._opener.newest(num_envs)
 
     def _fill_reservoir(self, num_envs: int | None, rng: np.random.Generator | None) -> ReservoirWriter:
         capacity, num_envs = self.bounds.capacity, self._opener.width(num_envs)
         assert capacity is not None, self.bounds
         return ReservoirWriter(
             self._view,
-            self._opener.only,
+            self._opener.open,
             num_envs=num_envs,
             capacity=capacity,
             stream_length=stream_length(self.schema, self.bounds, num_envs),

@@ -144,6 +144,13 @@ class View:
         """For each stream its newest head of which all files are there."""
         return self._catalog.choose_heads()
 
+    def move_on(self, heads: Mapping[int, bytes]) -> None:
+        """Move to these heads of some streams; after an interrupt the next call begins anew."""
+        self.catch_up()
+        self._is_behind = True
+        self.load(heads)
+        self._is_behind = False
+
     def load(self, heads: Mapping[int, bytes], order: np.ndarray | None = None) -> None:
         """Take over heads; those that are known already cost nothing. For `order` see `Catalog.take`."""
         changed = self._catalog.decode(heads)
@@ -156,8 +163,10 @@ class View:
 
     def attach(self, writer: StreamWriter) -> None:
         """From now on show what this writer has as well."""
+        self._is_behind = True
         self._catalog.attach(writer)
         self.writers[writer.number] = writer
+        self._is_behind = False
 
     def detach(self, writer: StreamWriter) -> None:
         """From now on show of its stream what it committed: it has closed."""

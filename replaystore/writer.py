@@ -545,14 +545,14 @@ class StreamWriter:
                 self._check_usable(raise_failure=False)
                 for env in range(self._num_envs):
                     self._cut(env)
-                self._closing = True
-                self._failure = None
                 try:
+                    self._closing = True
+                    self._failure = None
                     self._commit_now()
+                    self._stopped = True
                 except BaseException:
                     self._closing = False
                     raise
-                self._stopped = True
             self._wake.set()
         self._thread.join()
         self.discard()

@@ -82,10 +82,9 @@ class CountingStore:
         self.evictions = evictions.Evictions()
 
     def open(self, number, num_envs):
-        return self.heads.setdefault(number, CountingStream(number, num_envs))
-
-    def attach(self, stream):
-        self.writers[stream.number] = stream
+        stream = self.heads.setdefault(number, CountingStream(number, num_envs))
+        self.writers[number] = stream
+        return stream
 
     def detach(self, stream):
         del self.writers[stream.number]
@@ -95,7 +94,10 @@ class CountingStore:
     def refresh(self):
         self.writers = {}
 
-    def load(self, heads):
+    def move_on(self, heads):
+        pass
+
+    def catch_up(self):
         pass
 
     def kept(self):

@@ -11,8 +11,10 @@ from dataclasses import replace
 import gymnasium
 import numpy as np
 import pytest
+from faulty_disk import NEVER
 from reservoirs import CountingStore, deviation, without_disk
 from test_eviction import READER, actions_of, check_batch, head_of, image, small_schema
+from test_interrupts import interrupt_at
 from test_processes import started
 
 from replaystore import (
@@ -40,6 +42,7 @@ from replaystore.room import fitted_schema
 from replaystore.verify import verify
 
 CAPACITY = 500
+INTERRUPTS = 40
 EPISODE = 1000  # numbers of an episode: its transition t has number EPISODE * episode + t
 
 
@@ -568,6 +571,32 @@ def test_after_a_kill_at_any_point_of_an_eviction_it_is_finished(tmp_path, monke
             assert again.admission == found.admission
             fill(again, 3, start=100)
         assert list(verify(copy)) == []
+
+
+@pytest.mark.usefixtures("_no_syncs")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a writer not yet attached
+def test_after_an_interrupt_at_any_line_a_reservoir_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", NEVER)
+    rng, interrupted = np.random.default_rng(0), set()
+    with create(tmp_path) as store:
+        fill(store, 25)
+        for start in range(25, 25 + 4 * INTERRUPTS, 4):
+            number = int(rng.integers(1, 900))
+            interrupted.add(
+                interrupt_at(number, lambda start=start: fill(store, 3, start=start), again=False)
+            )
+            fill(store, 1, start=start + 3)
+            assert len(store) <= CAPACITY + len(interrupted), "an interrupt may lose count of one"
+            if len(interrupted) % 10 == 0:
+                store.check()
+                actions = actions_of(store)
+                assert len(actions) == len(set(actions)) == len(store)
+        assert len(interrupted) > INTERRUPTS / 2
+        kept = sorted(actions_of(store))
+    assert list(verify(store.path)) == []
+    with ReplayStore.open(store.path, "a") as store:
+        assert sorted(actions_of(store)) == kept
+        assert evicted_streams(store) == set(store._writer._evictions.streams)
 
 
 # ---- the file of evictions
