@@ -45,7 +45,7 @@ def check_bounds_are(stored: Bounds, given: Bounds, where: str) -> None:
     """Raise `UsageError` for a bound that is given and is not the one that a store was created with."""
     check_bounds(given)
     for name, expected, found in zip(Bounds._fields, stored, given, strict=True):
-        if found is not None and found != expected:
+        if found not in (None, False) and found != expected:
             kept = "none" if expected is None else str(expected)
             raise UsageError(f"{name}: expected {kept}, as {where} was created with, got {found}")
 

@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     record.add_argument(
         "--max-age", type=float, default=None, help="seconds that it keeps an episode at most"
     )
+    record.add_argument(
+        "--reservoir", action="store_true", help="keep each episode ever seen with the same probability"
+    )
     record.set_defaults(run=_record)
     info = commands.add_parser("info", help="say what a store holds")
     info.add_argument("path", type=Path)
@@ -190,8 +193,8 @@ def _info(options: argparse.Namespace) -> int:
 def _bounds(bounds: Bounds) -> str:
     """What a store keeps at most, in words."""
     units = ("transitions", "bytes", "seconds")
-    given = [f"{bound:,} {unit}" for bound, unit in zip(bounds, units, strict=True) if bound is not None]
-    return ", ".join(given) or "none"
+    given = [f"{bound:,} {unit}" for bound, unit in zip(bounds, units, strict=False) if bound is not None]
+    return ", ".join(given + ["a reservoir"] * bounds.reservoir) or "none"
 
 
 def _findings(path: Path) -> list[Finding]:

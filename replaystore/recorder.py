@@ -170,7 +170,9 @@ def _open_or_create(
 ) -> ReplayStore:
     frames = stack.length if stack else 1
     if at is None and not os.path.lexists(os.path.join(path, "zarr.json")):
-        return ReplayStore.create(path, schema, num_envs, *bounds, env_spec=spec, frame_stack=frames)
+        return ReplayStore.create(
+            path, schema, num_envs, **bounds._asdict(), env_spec=spec, frame_stack=frames
+        )
     with ReplayStore.open(path) as existing:
         check_bounds_are(existing.bounds, bounds, str(path))
         difference = existing.schema.difference(schema)
@@ -190,7 +192,7 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
     user's own: `info/NAME` is taken from the environment's info, any other from `annotate`.
     `policy` tags the episodes that begin from now on, and `columns` describes them. `at` goes on from
     a checkpoint of the store; the environment begins anew, so an episode that was open then ends at
-    the first `reset`. `capacity`, `capacity_bytes` and `max_age` bound a store that is made, as in
+    the first `reset`. `capacity`, `capacity_bytes`, `max_age` and `reservoir` bound a store that is made, as in
     `ReplayStore.create`; for one that is there they have to be its own, or `UsageError` is raised.
 
     The store is at `store`; `close` commits and closes it.
@@ -210,6 +212,7 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
         capacity: int | None = None,
         capacity_bytes: int | None = None,
         max_age: float | None = None,
+        reservoir: bool = False,
     ) -> None:
         super().__init__(env)
         stack = find_frame_stack(env) if frame_stack is None else given_stack(frame_stack, padding)
@@ -220,7 +223,7 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
             columns=column_types,
             frame_stack=stack,
         )
-        bounds = Bounds(capacity, capacity_bytes, max_age)
+        bounds = Bounds(capacity, capacity_bytes, max_age, reservoir)
         store = _open_or_create(
             path, schema, num_envs=1, spec=spec_of(env), stack=stack, at=at, bounds=bounds
         )
@@ -289,6 +292,7 @@ class RecordVectorReplay(gym.vector.VectorWrapper[Any, Any, Any, Any, Any]):
         capacity: int | None = None,
         capacity_bytes: int | None = None,
         max_age: float | None = None,
+        reservoir: bool = False,
     ) -> None:
         super().__init__(env)
         self._mode = _autoreset_mode(env)
@@ -300,7 +304,7 @@ class RecordVectorReplay(gym.vector.VectorWrapper[Any, Any, Any, Any, Any]):
             columns=column_types,
             frame_stack=stack,
         )
-        bounds, spec = Bounds(capacity, capacity_bytes, max_age), vector_spec(env)
+        bounds, spec = Bounds(capacity, capacity_bytes, max_age, reservoir), vector_spec(env)
         store = _open_or_create(
             path, schema, num_envs=env.num_envs, spec=spec, stack=stack, at=at, bounds=bounds
         )

@@ -47,6 +47,24 @@ def test_a_store_that_is_made_has_the_bounds_and_is_added_to_with_them_or_withou
         assert len(store) == 4 * count
 
 
+@pytest.mark.parametrize("record", [record_one, record_two])
+def test_reservoir_that_is_made_is_added_to_with_or_without_saying_so(record, tmp_path):
+    for bounds in ({"capacity": 2000, "reservoir": True}, {"capacity": 2000}, {}):
+        record(tmp_path / "store", **bounds)
+        with ReplayStore.open(tmp_path / "store") as store:
+            assert store.bounds == Bounds(2000, reservoir=True)
+    record(tmp_path / "other", capacity=2000)
+    with pytest.raises(UsageError, match=r"reservoir: expected False, as .* was created with, got True"):
+        record(tmp_path / "other", capacity=2000, reservoir=True)
+
+
+def test_reservoir_is_made_from_the_shell(tmp_path, capsys):
+    options = ["--steps", "3", "--capacity", "2000", "--reservoir"]
+    assert main(["record", "CartPole-v1", str(tmp_path / "store"), *options]) == 0
+    assert main(["info", str(tmp_path / "store")]) == 0
+    assert "2,000 transitions, a reservoir" in capsys.readouterr().out
+
+
 def files_of(path):
     return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 

@@ -37,7 +37,7 @@ def check_strata(store, sampler, policies, rng):
 
 def commit_in_the_midst(store, monkeypatch):
     """Have the writer commit, and evict, whenever a sampler has just looked at the episodes."""
-    episodes, writer = EpisodeIndex.episodes, store._view.writer
+    episodes, (writer,) = EpisodeIndex.episodes, store._view.writers.values()
 
     def look_and_wait(index, start=0):
         found = [column.copy() for column in episodes(index, start)]
