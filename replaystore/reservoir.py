@@ -65,6 +65,7 @@ class ReservoirWriter:
         self._stream_length = stream_length
         self._rng = rng
         self._owner = os.getpid()
+        self._is_counted = True  # but after errors
         self._lock = _lock(view.path)
         try:
             view.refresh()  # what another writer may have left since
@@ -124,9 +125,16 @@ class ReservoirWriter:
 
     def step(self, values: Mapping[str, Any], mask: np.ndarray | None = None) -> None:
         """Append what was done from the last row, and what followed, to episodes that are recorded."""
-        if self._num_envs == 1 and mask is None:
-            self._step_one(values)
-            return
+        try:
+            if self._num_envs == 1 and mask is None:
+                self._step_one(values)
+            else:
+                self._step_many(values, mask)
+        except BaseException:
+            self._is_counted = False
+            raise
+
+    def _step_many(self, values: Mapping[str, Any], mask: np.ndarray | None) -> None:
         envs = self._filling.envs(mask)
         self._make_room(sum(not self._is_outside[env] for env in envs))
         outside = [env for env in envs if self._is_outside[env]]
@@ -198,8 +206,10 @@ class ReservoirWriter:
             return
         self._make_room(length)
         if self._filling is writer:  # or else it is evicted with the stream that it was to go to
+            self._is_counted = False  # until it is
             writer.add_episode(values, env=env, **described)
             self._count(writer, length)
+            self._is_counted = True
 
     def _count(self, writer: StreamWriter, count: int) -> None:
         self._held[writer.number] += count
@@ -292,12 +302,22 @@ class ReservoirWriter:
     def _settle(self) -> None:
         """Do what a failure left undone: evict what is named as evicted, have a stream to fill."""
         self._check_owner()
+        if not self._is_counted:
+            self._recount()
         if not self._doomed and self._filling.number in self._held:
             return
         with _as_commit_error(self._view.path):
             self._evict_doomed()
             if self._filling.number not in self._held:
                 self._filling = self._begin(self._filling.number + 1)
+
+    def _recount(self) -> None:
+        """Count what the streams have; after an error or an interrupt it may not be what was noted."""
+        stream, _, first, last = self._view.index().episodes()
+        for held in self._held:
+            self._held[held] = int((last - first)[stream == held].sum())
+        self._total = sum(self._held.values())
+        self._is_counted = True
 
     def _check_owner(self) -> None:
         if os.getpid() != self._owner:

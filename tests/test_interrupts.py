@@ -50,10 +50,12 @@ def _commits_on_request(_no_syncs: None, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("replaystore.writer.COMMIT_SECONDS", NEVER)
 
 
-def interrupt_at(number: int, call: Callable[[], Any], *, again: bool = True) -> str | None:
+def interrupt_at(
+    number: int, call: Callable[[], Any], *, again: bool = True, but: str | None = None
+) -> str | None:
     """Make a call with a KeyboardInterrupt at its n-th line within the package; where that was.
 
-    Lines that run again count each time, or else the first time only.
+    Lines that run again count each time, or else the first time only; those of the file `but` never.
     """
     lines: list[str] = []
     place = None
@@ -61,7 +63,7 @@ def interrupt_at(number: int, call: Callable[[], Any], *, again: bool = True) ->
     def trace(frame: types.FrameType, event: str, _: Any) -> Any:
         nonlocal place
         name = frame.f_code.co_filename
-        if not name.startswith(PACKAGE) or place is not None:
+        if not name.startswith(PACKAGE) or place is not None or Path(name).name == but:
             return None
         # Python itself lets no signal in at a `try`, nor between the end of a `with` block and its exit
         if event != "line" or linecache.getline(name, frame.f_lineno).lstrip().startswith(("with ", "try:")):

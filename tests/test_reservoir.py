@@ -1,6 +1,7 @@
 """Reservoirs: every episode ever seen is there with the same probability, whatever happens meanwhile."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -582,11 +583,11 @@ def test_after_an_interrupt_at_any_line_a_reservoir_goes_on(tmp_path, monkeypatc
         fill(store, 25)
         for start in range(25, 25 + 4 * INTERRUPTS, 4):
             number = int(rng.integers(1, 900))
-            interrupted.add(
-                interrupt_at(number, lambda start=start: fill(store, 3, start=start), again=False)
-            )
+            call = functools.partial(fill, store, 3, start=start)
+            # between the opening of a file and its first use Python gives no way not to leak it
+            interrupted.add(interrupt_at(number, call, again=False, but="files.py"))
             fill(store, 1, start=start + 3)
-            assert len(store) <= CAPACITY + len(interrupted), "an interrupt may lose count of one"
+            assert len(store) <= CAPACITY
             if len(interrupted) % 10 == 0:
                 store.check()
                 actions = actions_of(store)
