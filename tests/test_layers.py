@@ -41,6 +41,7 @@ LAYER = {
     "transforms": 6,
     "prioritized": 5,
     "sampler_file": 5,
+    "appender": 5,
     "commit": 5,
     "evictions": 5,
     "arena": 5,

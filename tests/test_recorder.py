@@ -425,7 +425,7 @@ class InterruptAt:
 
     def __call__(self, frame, event, _):
         path = Path(frame.f_code.co_filename)
-        if path.name not in ("recorder.py", "writer.py"):
+        if path.name not in ("recorder.py", "appender.py", "writer.py"):
             return None
         line = linecache.getline(str(path), frame.f_lineno).lstrip()
         if event == "line" and not line.startswith(("with ", "try:")):  # where no signal is handled
