@@ -4,7 +4,6 @@ Nothing is written. A finding names a file, what was expected and
 found, and the rows that cannot be trusted for it; `repair.py` keeps the others.
 """
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pyarrow as pa
 from replaystore import checkpoints, stats
 from replaystore import sampler_file as samplers
 from replaystore.arena import stream_path
+from replaystore.bounds import Bounds
 from replaystore.codec import ChunkCodec
 from replaystore.episodes import decode_table, episode_schema, integers, part_path, read_part
 from replaystore.errors import ReplayStoreError
@@ -110,15 +110,20 @@ def kept_files(root: Path) -> list[Path]:
 
 
 def _evictions(root: Path, schema: Schema) -> Iterator[Finding]:
-    heads = {}
-    for stream in stream_numbers(root):
-        path = stream_path(root, stream)
-        with contextlib.suppress(ReplayStoreError, OSError):  # `verify_stream` says so
-            heads[stream] = decode_head(read_head(path), schema, path / HEAD)
+    """Whether a reservoir's file names all the streams that were evicted."""
     try:
-        read_evictions(root, heads)
+        if _read_bounds(root).reservoir:
+            paths = {stream: stream_path(root, stream) for stream in stream_numbers(root)}
+            heads = {n: decode_head(read_head(path), schema, path / HEAD) for n, path in paths.items()}
+            read_evictions(root, heads)
     except (ReplayStoreError, OSError) as error:
         yield Finding(root / FOLDER / EVICTED, str(error))
+
+
+def _read_bounds(root: Path) -> Bounds:
+    path = root / "zarr.json"
+    bounds: Bounds = parse_root(read_bytes(path, MAX_METADATA_BYTES), str(path))["bounds"]
+    return bounds
 
 
 def read_schema(root: Path) -> Schema:
