@@ -39,6 +39,7 @@ from replaystore.errors import ForkError, WriterBusy
 from replaystore.evictions import EVICTED, FOLDER, Evictions, read_evictions
 from replaystore.head import HEAD, Evicted, decode_head, encode_head
 from replaystore.recorder import RecordReplay, RecordVectorReplay, schema_from_spaces
+from replaystore.repair import repair
 from replaystore.room import fitted_schema
 from replaystore.verify import verify
 
@@ -634,6 +635,33 @@ def test_evictions_that_are_damaged_or_lost_are_noticed(tmp_path):
         check_batch(reader.sample(20))
     path.write_bytes(data)
     assert list(verify(store.path)) == []
+
+
+@pytest.mark.usefixtures("_no_syncs")
+def test_a_damaged_reservoir_is_repaired_and_goes_on(tmp_path):
+    with create(tmp_path) as store:
+        fill(store, 50)
+        kept, admission = set(actions_of(store)), store.admission
+        evicted = evicted_streams(store)
+        assert evicted
+    stream = min(set(store._view.heads) - evicted)
+    shard = stream_path(store.path, stream) / "observation/c/0/0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[60] ^= 1
+    shard.write_bytes(bytes(data))
+    (stream_path(store.path, min(evicted)) / HEAD).write_bytes(b"damaged")
+    findings = list(verify(store.path))
+    assert {finding.stream for finding in findings} >= {stream, min(evicted)}
+    repair(store.path, findings)
+    assert list(verify(store.path)) == []
+    with ReplayStore.open(store.path, "a") as store:
+        left = set(actions_of(store))
+        assert left < kept
+        assert len(left) > len(kept) - 20
+        assert store.admission == admission
+        assert evicted_streams(store) == evicted
+        fill(store, 20, start=50)
+        store.check()
 
 
 FORGED = {"above a stream that has episodes": (10**5, 0), "without end": (1 << 41, 1)}
