@@ -288,7 +288,7 @@ class ReplayStore(Selection):
         with self._view.lock:
             if self._writer is not None:
                 self._writer.close()
-            self._view.is_closed = True
+            self._view.close()
         _stores.discard(self)
 
     def __enter__(self) -> Self:

@@ -106,6 +106,13 @@ class View:
         """Fields at times, `(batch, …)` each."""
         return self._reader.read(places, times, tails=[*self._tails.values()])
 
+    def close(self) -> None:
+        """Let the files go; nothing can be read any more."""
+        self.is_closed = True
+        self._catalog = Catalog(self.path, self.schema)
+        self._reader = Reader(self.path, self.schema, cache_bytes=0)
+        self._tails, self._indices = {}, {}
+
     # ---- moving on
 
     def refresh(self) -> None:

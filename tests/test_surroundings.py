@@ -35,7 +35,7 @@ from test_bad_input import as_another_user
 from test_processes import started
 
 from replaystore import CommitError, ReplayStore, Schema
-from replaystore.errors import CorruptionError, ReadOnlyError
+from replaystore.errors import ClosedError, CorruptionError, ReadOnlyError
 from replaystore.verify import verify
 from replaystore.writer import StreamWriter
 
@@ -254,3 +254,16 @@ def test_more_files_than_may_be_open_are_read(tmp_path):
             assert check_transitions(store) == list(range(700))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@needs_descriptors
+def test_closed_store_lets_its_files_go_while_the_object_stays(begun, tmp_path):
+    path = shutil.copytree(begun, tmp_path / "store")
+    store = ReplayStore.open(path)
+    batch = store.sample(20)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    store.close()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert (batch.reward == batch.action / 2).all()
+    with pytest.raises(ClosedError):
+        store.sample(1)
