@@ -149,21 +149,23 @@ def _load_policy(path: Path) -> Policy:
 def _roll_out(
     recorder: RecordReplay | RecordVectorReplay, policy: Policy, *, steps: int, seed: int | None
 ) -> int:
-    """Record until `steps` transitions are there, or Ctrl-C; returns how many were recorded."""
-    before = len(recorder.store)
+    """Record so many transitions, or until Ctrl-C; returns how many."""
     vector = isinstance(recorder, RecordVectorReplay)
+    taken, idle = 0, 0  # transitions; environments that their next step only resets
     with tqdm(total=steps, unit="step", unit_scale=True) as bar:
         try:
             observation, _ = recorder.reset(seed=seed)
-            while (taken := len(recorder.store) - before) < steps:
-                bar.update(taken - bar.n)
+            while taken < steps:
                 observation, _, terminated, truncated, _ = recorder.step(policy(observation))
-                if not vector and (terminated or truncated):
+                taken += np.size(terminated) - idle
+                bar.update(taken - bar.n)
+                ended = int(np.count_nonzero(np.logical_or(terminated, truncated)))
+                if vector:
+                    idle = ended
+                elif ended:
                     observation, _ = recorder.reset()
         except KeyboardInterrupt:
             sys.stderr.write("\nstopped: what was recorded is kept\n")
-        taken = len(recorder.store) - before
-        bar.update(taken - bar.n)
     return taken
 
 

@@ -65,6 +65,15 @@ def test_reservoir_is_made_from_the_shell(tmp_path, capsys):
     assert "2,000 transitions, a reservoir" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("num_envs", ["1", "2"])
+def test_recording_from_the_shell_ends_though_the_store_is_full(num_envs, tmp_path, capsys):
+    options = ["--steps", "1200", "--capacity", "300", "--num-envs", num_envs, "--seed", "0"]
+    assert main(["record", "CartPole-v1", str(tmp_path / "store"), *options]) == 0
+    assert capsys.readouterr().out.startswith("recorded 120")
+    with ReplayStore.open(tmp_path / "store") as store:
+        assert 200 < len(store) <= 300
+
+
 def files_of(path):
     return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
