@@ -644,7 +644,7 @@ def test_a_damaged_reservoir_is_repaired_and_goes_on(tmp_path):
         kept, admission = set(actions_of(store)), store.admission
         evicted = evicted_streams(store)
         assert evicted
-    stream = min(set(store._view.heads) - evicted)
+        stream = min(set(store._view.heads) - evicted)
     shard = stream_path(store.path, stream) / "observation/c/0/0/0/0"
     data = bytearray(shard.read_bytes())
     data[60] ^= 1
