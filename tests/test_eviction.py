@@ -145,7 +145,7 @@ def create(tmp_path, capacity=CAPACITY, **arguments):
 
 def commit_by_itself(store):
     """Have the background thread commit as it does every second, not because of a call."""
-    writer = store._view.writer
+    writer = store._writer
     before, end = writer.head.commit, time.monotonic() + 10
     writer._wake.set()
     while writer.head.commit == before and time.monotonic() < end:
