@@ -4,7 +4,6 @@ import abc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -117,9 +116,12 @@ class Loader(DataLoader[Tensors]):
 
     def _each(self, groups: Iterator[Tensors]) -> Iterator[Tensors]:
         for group in groups:
-            for batch in _split(group, self._batches.size):
+            batches = _split(group, self._batches.size)
+            del group  # whose memory is used again once the user has let go of its last batch
+            for batch in batches:
                 self._batches.given(len(batch["ids"]))
                 yield batch
+                del batch
         self._batches.end()
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,9 +138,10 @@ def _split(group: Tensors, size: int) -> Iterator[Tensors]:
     if len(group["ids"]) <= size:
         yield group
         return
-    parts = map_leaves(group, lambda tensor: list(tensor.split(size)))
-    for part in range(len(parts["ids"])):
-        yield map_leaves(parts, itemgetter(part))
+    parts = map_leaves(group, lambda tensor: list(tensor.split(size))[::-1])
+    del group
+    for _ in range(len(parts["ids"])):
+        yield map_leaves(parts, list.pop)
 
 
 def _ahead(groups: Iterator[Tensors]) -> Iterator[Tensors]:

@@ -33,13 +33,13 @@ class Recycler:
         return held.view(dtype).reshape(shape)
 
     def _take(self, nbytes: int) -> np.ndarray:
-        """Memory of exactly this size; that of other sizes leaves as newer comes back."""
+        """Memory of this size, what was used last; that of other sizes leaves as newer comes back."""
         for _ in range(len(self._free)):
             try:
-                memory = self._free.popleft()
+                memory = self._free.pop()
             except IndexError:  # another thread was faster
                 break
             if len(memory) == nbytes:
                 return memory
-            self._free.append(memory)
+            self._free.appendleft(memory)
         return np.empty(nbytes, np.uint8)

@@ -2,7 +2,10 @@ import gc
 
 import numpy as np
 import pytest
+from recording import Recorder, schema
 
+from replaystore import ReplayStore, Transition
+from replaystore.dataset import ReplayDataset
 from replaystore.recycler import KEPT, LARGEST, SMALLEST, Recycler
 
 BYTE = np.dtype(np.uint8)
@@ -49,3 +52,24 @@ def test_few_free_pieces_are_kept_and_none_that_is_very_large():
     gc.collect()
     assert len(recycler._free) == KEPT
     assert all(SMALLEST <= len(memory) < SMALLEST + 3 * KEPT for memory in recycler._free)
+
+
+def test_memory_that_was_used_last_is_used_first():
+    recycler = Recycler()
+    arrays = [recycler.allocate((SMALLEST,), BYTE) for _ in range(3)]
+    last = address(arrays[1])
+    for number in (2, 0, 1):
+        arrays[number] = None
+    for _ in range(5):
+        assert address(recycler.allocate((SMALLEST,), BYTE)) == last
+
+
+@pytest.mark.parametrize("batch_size", [64, 100, 256], ids=["four at once", "two at once", "one"])
+def test_loader_keeps_no_batch_that_its_user_has_let_go(batch_size, tmp_path):
+    with ReplayStore.create(tmp_path / "store", schema()) as store:
+        Recorder(store).bulk(4 * 4096)
+    dataset = ReplayDataset(tmp_path / "store", Transition(frame_stack=20))
+    batches = iter(dataset.loader(batch_size, seed=0))
+    together = 256 // batch_size
+    places = [next(batches)["observation"].untyped_storage().data_ptr() for _ in range(5 * together)]
+    assert len(set(places)) == 1
