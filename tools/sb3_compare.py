@@ -2,6 +2,7 @@
 
     python tools/sb3_compare.py weights --steps 20000
     python tools/sb3_compare.py breakout --steps 5000 --rounds 3
+    python tools/sb3_compare.py saving --steps 1000000
 
 `weights` trains DQN on CartPole-v1 and SAC on Pendulum-v1 twice from one seed, and counts the
 parameters that differ in the end. `breakout` trains DQN("CnnPolicy") on four stacked frames of Breakout
@@ -24,6 +25,7 @@ from typing import Any
 
 import ale_py
 import gymnasium as gym
+import numpy as np
 import torch
 from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.env_util import make_atari_env
@@ -87,6 +89,29 @@ def milliseconds(call: Any) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def time_saving(transitions: int) -> None:
+    """Fill a buffer with transitions of CartPole's shapes; print the time to save and to load it."""
+    observations = np.random.default_rng(0).normal(size=(1000, 1, 4)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        model = DQN(
+            "MlpPolicy", "CartPole-v1", buffer_size=transitions, **kwargs_of("store", path / "run.replay")
+        )
+        buffer = model.replay_buffer
+        for number in range(transitions):
+            now, then = observations[number % 1000], observations[(number + 1) % 1000]
+            done = np.array([number % 200 == 199])
+            buffer.add(now, then, np.array([[number % 2]]), np.ones(1), done, [{}])
+        saving = milliseconds(lambda: model.save_replay_buffer(path / "buffer.pkl"))
+        buffer.close()
+        loading = milliseconds(lambda: model.load_replay_buffer(path / "buffer.pkl"))
+        nbytes = (path / "buffer.pkl").stat().st_size
+        print(
+            f"{transitions:,} transitions: saved in {saving:.0f} ms, {nbytes:,} bytes; loaded in {loading:.0f} ms"
+        )
+        model.replay_buffer.close()
+
+
 def in_process(kind: str, steps: int, parent: Path | None) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         command = [
@@ -118,7 +143,7 @@ def compare_breakout(steps: int, rounds: int, parent: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("weights", "breakout", "measure"))
+    parser.add_argument("what", choices=("weights", "breakout", "measure", "saving"))
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kind", choices=tuple(SIZES), default="store")
@@ -127,6 +152,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.what == "weights":
         compare_weights(arguments.steps)
+    elif arguments.what == "saving":
+        time_saving(arguments.steps)
     elif arguments.what == "measure":
         print(json.dumps(measure(arguments.kind, arguments.steps, arguments.dir)))
     else:
