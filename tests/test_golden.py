@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from recording import Recorder, check_transitions
 
 from replaystore import ReplayStore, Transition
+from replaystore.bounds import Bounds
+from replaystore.verify import verify
 
 VERSIONS = sorted(Path(__file__).parent.glob("golden/v*"))
+BOUNDED = sorted(Path(__file__).parent.glob("golden/bounded-v*"))  # of a capacity of 300
 START_TIME = 1_700_000_000.25
 
 
@@ -96,8 +100,9 @@ def fingerprint(path):
     }
 
 
-def test_there_is_a_golden_store():
+def test_there_are_golden_stores():
     assert [path.name for path in VERSIONS][:1] == ["v1"]
+    assert [path.name for path in BOUNDED][:1] == ["bounded-v2"]
 
 
 @pytest.mark.parametrize("path", VERSIONS, ids=lambda path: path.name)
@@ -144,3 +149,22 @@ def test_a_golden_store_is_appended_to(tmp_path, path, num_envs):
         added = [5, len(EPISODES)][num_envs - 1]
         assert (store.episode(added)["action"] == flat["action"]).all()
         assert (store.episode(added)["observation"]["image"] == flat["observation/image"]).all()
+
+
+@pytest.mark.parametrize("path", BOUNDED, ids=lambda path: path.name)
+def test_a_golden_store_with_a_capacity_is_read_and_appended_to(tmp_path, path):
+    before = fingerprint(path)
+    with ReplayStore.open(path) as store:
+        store.check()
+        assert store.bounds == Bounds(capacity=300)
+        assert check_transitions(store) == list(range(3308, 3600))
+    assert fingerprint(path) == before, "opening a store to read must write nothing"
+    shutil.copytree(path, tmp_path / "store")
+    with ReplayStore.open(tmp_path / "store", "a") as store:
+        recorder = Recorder(store, start=3600)
+        recorder.step(100)
+        store.flush()
+        numbers = check_transitions(store)
+        assert 280 < len(numbers) <= 300
+        assert numbers == list(range(3700 - len(numbers), 3700))
+    assert list(verify(tmp_path / "store")) == []

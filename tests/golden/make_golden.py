@@ -1,9 +1,10 @@
-"""Write the golden store of this format version; run once for each version, never again.
+"""Write the golden stores of this format version; run once for each version, never again.
 
     python tests/golden/make_golden.py
 
 The store is small: short files, two streams, sealed shards and a sealed part of the index, one
 stream left by a writer that was killed. What it holds is worked out in `test_golden.py`.
+Another one has a capacity, and holds numbered transitions.
 """
 
 import shutil
@@ -14,13 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from replaystore import Field, ReplayStore, Schema, commit
-from replaystore.metadata import FORMAT_VERSION
+from replaystore.metadata import BOUNDED_VERSION, FORMAT_VERSION
 from replaystore.writer import StreamWriter
 
 GOLDEN = Path(__file__).parent
 PADDING = np.array([-1, -2], "int16").tobytes()
 sys.path.insert(0, str(GOLDEN.parent))
 
+import recording  # noqa: E402
 from test_golden import EPISODES, START_TIME, value_of  # noqa: E402
 
 
@@ -93,11 +95,29 @@ def main() -> None:
             record(store, 1)
             store.flush()
             shutil.copytree(path, target)  # an episode of each environment is open: as after a kill
+        make_sparse(target)
+        write_bounded(Path(directory) / "bounded", GOLDEN / f"bounded-v{BOUNDED_VERSION}")
+
+
+def write_bounded(path: Path, target: Path) -> None:
+    """Record twelve times a capacity, and copy what a writer that was killed then leaves."""
+    shutil.rmtree(target, ignore_errors=True)
+    with ReplayStore.create(path, recording.schema(), capacity=300) as store:
+        recorder = recording.Recorder(store)
+        for _ in range(360):
+            recorder.step(10)
+            store.flush()
+        shutil.copytree(path, target)
+    make_sparse(target)
+
+
+def make_sparse(target: Path) -> None:
+    """Leave out what git does not keep, and the older heads, which only a copy made while writing needs."""
     for spare in target.rglob("heads/*.arrow"):
-        spare.unlink()  # older heads, which only a copy made while writing needs
+        spare.unlink()
     for folder in sorted(target.rglob("*"), reverse=True):
         if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()  # git keeps no empty ones
+            folder.rmdir()
 
 
 if __name__ == "__main__":
