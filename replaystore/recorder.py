@@ -14,7 +14,6 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from replaystore.bounds import Bounds, check_bounds_are
-from replaystore.codec import crc32c
 from replaystore.errors import CommitError, SchemaError, UsageError
 from replaystore.field import Field
 from replaystore.schema import Schema
@@ -61,8 +60,8 @@ class _Recorder:
         self._waiting: tuple[_Call, ...] = ()
         self.observation_paths = {name: path_of(name) for name in store.schema.names("observation")}
         self._stacked_paths = {} if stack is None else self.observation_paths
-        self._awaited: dict[str, list[int | None]] = {  # checksums of what the next stacks begin with
-            name: [None] * (num_envs or 1) for name in self._stacked_paths
+        self._awaited: dict[str, list[bytes]] = {  # what the next stacks begin with
+            name: [b""] * (num_envs or 1) for name in self._stacked_paths
         }
         self._info_names = [f.name for f in store.schema.fields if f.name.startswith("info/")]
 
@@ -113,13 +112,13 @@ class _Recorder:
         for name, path in self._stacked_paths.items():
             stacks, awaited = self._stacks(observation, path), self._awaited[name]
             for env in envs:
-                stack = stacks[env]
-                if awaited[env] not in (None, crc32c(stack[:-1])):
+                frames, size = stacks[env].tobytes(), len(stacks[env])
+                if not frames.startswith(awaited[env]):
                     raise SchemaError(
-                        f"field {name!r}: expected the last stack of {len(stack)} frames moved on by one;"
+                        f"field {name!r}: expected the last stack of {size} frames moved on by one;"
                         " a wrapper changes the frames: pass frame_stack=1 to store whole stacks"
                     )
-                awaited[env] = crc32c(stack[1:])
+                awaited[env] = frames[len(frames) // size :]
 
     def check_padding(self, observation: Any, envs: Sequence[int] = (0,)) -> None:
         """Raise unless an episode's first stack is padded as the store will pad it."""
@@ -131,7 +130,7 @@ class _Recorder:
                 if any(frame != (newest if padding is None else padding) for frame in older):
                     kind = "its newest frame" if padding is None else "the padding"
                     raise SchemaError(f"field {name!r}: expected an episode's first stack filled with {kind}")
-                self._awaited[name][env] = crc32c(stacks[env][1:])
+                self._awaited[name][env] = stacks[env][1:].tobytes()
 
     def _stacks(self, observation: Any, path: Path) -> Sequence[np.ndarray]:
         """A field's stacks, (stack, …), by environment."""
