@@ -107,11 +107,9 @@ class Appender(abc.ABC):
         """Begin an episode in each environment of `mask`; an open one ends there, cut short."""
         with self.lock:
             self._check_usable()
-            envs = self.envs(mask)
-            values = self._accept_observation(observation)
-            seeds = check_seeds(seed, self._num_envs)
-            policy = check_policy(policy)
-            described = [self._columns({} if columns is None else columns, env) for env in envs]
+            envs, values, described = self.check_reset(
+                observation, seed=seed, mask=mask, policy=policy, columns=columns
+            )
             if not envs:
                 return
             for env in envs:
@@ -120,8 +118,8 @@ class Appender(abc.ABC):
                 self._wait_for_room(env)
             now, rows = int(self._clock() * 1e6), list(self._rows)
             self._put_observation(values, envs)
-            for env, row_columns in zip(envs, described, strict=True):
-                self._open[env] = OpenEpisode(rows[env], seeds[env], now, policy, row_columns)
+            for env, (own_seed, own_policy, own_columns) in zip(envs, described, strict=True):
+                self._open[env] = OpenEpisode(rows[env], own_seed, now, own_policy, own_columns)
 
     def check_reset(
         self,
@@ -131,14 +129,17 @@ class Appender(abc.ABC):
         mask: np.ndarray | None = None,
         policy: str | None = None,
         columns: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Raise what `reset` would of these arguments."""
+    ) -> tuple[list[int], dict[str, np.ndarray], list[tuple[int | None, str | None, tuple[Any, ...]]]]:
+        """Raise what `reset` would of these arguments.
+
+        Gives the environments, the fields' values, and of each environment the seed, policy and columns.
+        """
         envs = self.envs(mask)
-        self._accept_observation(observation)
-        check_seeds(seed, self._num_envs)
-        check_policy(policy)
-        for env in envs:
-            self._columns({} if columns is None else columns, env)
+        values = self._accept_observation(observation)
+        seeds = check_seeds(seed, self._num_envs)
+        policy = check_policy(policy)
+        given = {} if columns is None else columns
+        return envs, values, [(seeds[env], policy, self._columns(given, env)) for env in envs]
 
     def step(self, values: Mapping[str, Any], mask: np.ndarray | None = None) -> None:
         """Append what was done from the last row, and the observation that followed."""

@@ -11,6 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,18 @@ class Source:
         return numbers if self._frames is not None else numbers % (1 << 20)
 
 
+def record_part(store: ReplayStore, source: Source, part: int, steps: int) -> float:
+    """Record one of the `LOOKS` parts of all steps; how many steps that were for a second of CPU time."""
+    numbers = range(part * steps // LOOKS, (part + 1) * steps // LOOKS)
+    start = time.process_time()
+    for number in numbers:
+        if number % EPISODE == 0:
+            store.reset(source(number))
+        ends = number % EPISODE == EPISODE - 1
+        store.step(number, source(number + 1), 1.0, ends, False)
+    return len(numbers) / (time.process_time() - start)
+
+
 def on_disk(store: ReplayStore) -> int:
     """Transitions from the first file that is there, of the field that has most of them."""
     path = stream_path(store.path, 0)
@@ -93,14 +106,7 @@ def run(path: Path, arguments: argparse.Namespace) -> bool:
     with ReplayStore.create(path, schema(frames=arguments.frames), capacity=capacity) as store:
         shard = max(store.schema.shard_rows(field, 1) for field in store.schema.fields)
         for part in range(LOOKS):
-            numbers = range(part * steps // LOOKS, (part + 1) * steps // LOOKS)
-            start = time.process_time()
-            for number in numbers:
-                if number % EPISODE == 0:
-                    store.reset(source(number))
-                ends = number % EPISODE == EPISODE - 1
-                store.step(number, source(number + 1), 1.0, ends, False)
-            rates.append(len(numbers) / (time.process_time() - start))
+            rates.append(record_part(store, source, part, steps))
             most, most_bytes = max(most, on_disk(store)), max(most_bytes, disk_usage(path))
             wrong += not is_right(store, source, rng)
         store.flush()
@@ -123,9 +129,10 @@ def run(path: Path, arguments: argparse.Namespace) -> bool:
     return most <= capacity + shard and not wrong and abs(away) < 5 and not findings
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Appends many times a store's capacity.")
-    parser.add_argument("--steps", type=int, default=10_000_000)
+def run_from_the_shell(run: Callable[[Path, argparse.Namespace], bool], what: str, *, steps: int) -> None:
+    """Read the options, run in a temporary directory, and exit with 1 if it says that something is wrong."""
+    parser = argparse.ArgumentParser(description=f"Records many times {what} capacity.")
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--capacity", type=int, default=100_000)
     parser.add_argument("--frames", action="store_true", help="frames of 84 x 84 instead of 4 floats")
     parser.add_argument(
@@ -137,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_from_the_shell(run, "a store's", steps=10_000_000)

@@ -7,13 +7,10 @@ wrong, or if `verify` finds something.
 """
 
 import argparse
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-from bounded import EPISODE, LOOKS, Source, is_right, schema
+from bounded import LOOKS, Source, is_right, record_part, run_from_the_shell, schema
 
 from replaystore import ReplayStore
 from replaystore.files import disk_usage
@@ -29,14 +26,7 @@ def run(path: Path, arguments: argparse.Namespace) -> bool:
         path, schema(frames=arguments.frames), capacity=capacity, reservoir=True, rng=np.random.default_rng(0)
     ) as store:
         for part in range(LOOKS):
-            numbers = range(part * steps // LOOKS, (part + 1) * steps // LOOKS)
-            start = time.process_time()
-            for number in numbers:
-                if number % EPISODE == 0:
-                    store.reset(source(number))
-                ends = number % EPISODE == EPISODE - 1
-                store.step(number, source(number + 1), 1.0, ends, False)
-            rates.append(len(numbers) / (time.process_time() - start))
+            rates.append(record_part(store, source, part, steps))
             most, most_bytes = max(most, len(store)), max(most_bytes, disk_usage(path))
             wrong += not is_right(store, source, rng)
         streams = max(store.episodes["stream"].to_pylist()) + 1
@@ -58,18 +48,5 @@ def run(path: Path, arguments: argparse.Namespace) -> bool:
     return most <= capacity and not wrong and not findings
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Records many times a reservoir's capacity.")
-    parser.add_argument("--steps", type=int, default=3_000_000)
-    parser.add_argument("--capacity", type=int, default=100_000)
-    parser.add_argument("--frames", action="store_true", help="frames of 84 x 84 instead of 4 floats")
-    parser.add_argument(
-        "--path", type=Path, help="a directory to make the store in; by default a temporary one"
-    )
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.path) as directory:
-        sys.exit(not run(Path(directory) / "store", arguments))
-
-
 if __name__ == "__main__":
-    main()
+    run_from_the_shell(run, "a reservoir's", steps=3_000_000)
