@@ -70,16 +70,11 @@ class Appender(abc.ABC):
         self._action_names = [name for name in self._step_names if not schema.is_observation(name)]
         self._scalar_reward = schema.by_name["reward"].shape == ()
         self._max_lag = min(schema.shard_rows(field, self._num_envs) for field in schema.fields)
-        self._setters = [
-            (
-                field.name,
-                field.number_types,
-                field.accept,
-                arrays[field.name][:, 0],
-                0 if schema.is_observation(field.name) else 1,
-            )
-            for field in schema.fields
-        ]
+        self._plain_names = frozenset() if schema.is_nested else frozenset(self._step_names)
+        self._acceptors = [(field.name, field.number_types, field.accept) for field in schema.fields]
+        own = {name: array[:, 0] for name, array in arrays.items()}  # of the first environment
+        self._action_columns = [(name, own[name]) for name in self._action_names]
+        self._observation_columns = [(name, own[name]) for name in schema.names("observation")]
 
     @abc.abstractmethod
     def _check_usable(self, *, raise_failure: bool = True) -> None:
@@ -154,18 +149,18 @@ class Appender(abc.ABC):
         episode = self._open[0]
         if episode is None:
             raise UsageError("step before reset: begin an episode first")
-        flat = self._schema.flatten(values)
-        accepted = [
-            value if type(value := flat[name]) in kept else accept(value)
-            for name, kept, accept, _, _ in self._setters
-        ]
+        accepted = self._accept_step(values)
         row = self._rows[0]
         if row >= self._limit[0]:
             self._wait_for_room(0)
         mask, total = self._ring.mask, episode.reward
         try:
-            for (_, _, _, column, back), value in zip(self._setters, accepted, strict=True):
-                column[(row - back) & mask] = value
+            slot = (row - 1) & mask
+            for name, column in self._action_columns:
+                column[slot] = accepted[name]
+            slot = row & mask
+            for name, column in self._observation_columns:
+                column[slot] = accepted[name]
             self._rows[0] = row + 1
             self._changes += 1
             if self._scalar_reward:
@@ -182,8 +177,7 @@ class Appender(abc.ABC):
         closed = [env for env in envs if self._open[env] is None]
         if closed:
             raise UsageError(f"step before reset: environments {closed} have no open episode")
-        flat, lead = self._schema.flatten(values), self._lead or (1,)
-        accepted = {name: self._accept(name, flat[name]) for name in self._step_names}
+        accepted, lead = self._accept_steps(values), self._lead or (1,)
         if not envs:
             return
         for env in envs:
@@ -209,14 +203,24 @@ class Appender(abc.ABC):
 
     def check_step(self, values: Mapping[str, Any]) -> None:
         """Raise what `step` would of these values, whether or not an episode is open."""
+        if self._num_envs == 1:
+            self._accept_step(values)
+        else:
+            self._accept_steps(values)
+
+    def _accept_step(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields' values, ready to be assigned to a row of the one environment."""
+        flat = values if values.keys() == self._plain_names else self._schema.flatten(values)
+        accepted = {}
+        for name, kept, accept in self._acceptors:
+            value = flat[name]
+            accepted[name] = value if type(value) in kept else accept(value)
+        return accepted
+
+    def _accept_steps(self, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The fields' values as arrays (num_envs, *shape)."""
         flat = self._schema.flatten(values)
-        if self._num_envs > 1:
-            for name in self._step_names:
-                self._accept(name, flat[name])
-            return
-        for name, kept, accept, _, _ in self._setters:
-            if type(flat[name]) not in kept:
-                accept(flat[name])
+        return {name: self._accept(name, flat[name]) for name in self._step_names}
 
     def _undo(self, before: Mapping[int, tuple[int, float]]) -> None:
         """After an interrupt in the middle of a step: episodes end before it, or with it if they did.

@@ -15,6 +15,7 @@ import mmap
 import os
 import resource
 import stat
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ MEMORY_START = 4096  # below which no program has anything
 MAX_STRETCHES = 1024  # that Linux takes in one call
 
 _MAP_FIXED = 0x10  # the same on Linux and macOS; the mmap module does not name it
+_MADV_POPULATE_WRITE = 23  # of Linux
 _FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -409,6 +411,17 @@ def _prefetch_at_once(stretches: np.ndarray) -> bool:
         return bool(asked == stretches[:, 1].sum())
     finally:
         os.close(process)
+
+
+def populate(array: np.ndarray) -> None:
+    """Have the kernel give a contiguous array its memory now, zeroed, rather than at the first write to it.
+
+    Others may write to it meanwhile. Where the kernel cannot (Linux before 5.14), nothing happens.
+    """
+    start = -(-array.ctypes.data // PAGE) * PAGE
+    end = (array.ctypes.data + array.nbytes) // PAGE * PAGE
+    if sys.platform == "linux" and start < end:
+        _libc.madvise(start, end - start, _MADV_POPULATE_WRITE)
 
 
 def drop_from_cache(path: Path) -> None:

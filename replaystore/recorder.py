@@ -34,6 +34,8 @@ from replaystore.store import ReplayStore
 
 __all__ = ["RecordReplay", "RecordVectorReplay", "schema_from_spaces"]
 
+DIRECT_STEPS = 16  # from one check of the stacks of a `FrameStackObservation` to the next
+
 
 class _Call(NamedTuple):
     """A call to the store."""
@@ -63,6 +65,9 @@ class _Recorder:
         self._awaited: dict[str, list[bytes]] = {  # what the next stacks begin with
             name: [b""] * (num_envs or 1) for name in self._stacked_paths
         }
+        self._steps = 0
+        self._steps_a_check = DIRECT_STEPS if stack is not None and stack.is_direct else 1
+        self._is_check_due = False
         self._info_names = [f.name for f in store.schema.fields if f.name.startswith("info/")]
 
     def append(self, *calls: _Call, has_gap: bool = False) -> None:
@@ -81,6 +86,17 @@ class _Recorder:
                 self.has_gap = has_gap
                 raise
         self.has_gap = has_gap
+
+    def append_step(self, values: tuple[Any, ...], info: Mapping[str, Any]) -> None:
+        """`append` a step of one environment, after `before_step`: the call of every step, so kept short."""
+        extra = self.extra(info) if self._info_names or self.annotations else {}
+        try:
+            self.store.step(*values, **extra)
+        except CommitError:
+            self._waiting = (_Call(self.store.step, values, extra).copied(),)
+            self.has_gap = False
+            raise
+        self.has_gap = False
 
     def before_step(self) -> None:
         """Append what waits; raise if a step that is not stored has left a gap in the episode."""
@@ -107,35 +123,48 @@ class _Recorder:
             return observation[self._newest]
         return map_leaves(observation, lambda leaf: leaf[self._newest])
 
-    def check_stack(self, observation: Any, envs: Sequence[int] = (0,)) -> None:
-        """Raise unless a step's observation is the last one moved on by a frame."""
+    def moved_on(self, observation: Any, envs: Sequence[int] = (0,)) -> Any:
+        """The `newest` of a step; raise unless its stacks are the last ones moved on by a frame.
+
+        What a `FrameStackObservation` itself gives is checked at the first step of an episode and now and
+        then: it is wrong only where an environment writes to what it gave before.
+        """
+        if self.stack is None:
+            return observation
+        is_to_follow = self._steps % self._steps_a_check == 0
+        self._steps += 1
+        if self._is_check_due or is_to_follow:
+            self._check_stacks(observation, envs, is_to_follow)
+        return self.newest(observation)
+
+    def _check_stacks(self, observation: Any, envs: Sequence[int], is_to_follow: bool) -> None:
+        """Raise unless stacks are what is awaited; say what of the next ones is, if those are to follow."""
         for name, path in self._stacked_paths.items():
-            stacks, awaited = self._stacks(observation, path), self._awaited[name]
+            leaf, awaited = np.asarray(leaf_at(observation, path)), self._awaited[name]
             for env in envs:
-                frames, size = stacks[env].tobytes(), len(stacks[env])
+                stack = leaf[env] if self._is_vector else leaf
+                frames, size = stack.tobytes(), len(stack)
                 if not frames.startswith(awaited[env]):
                     raise SchemaError(
                         f"field {name!r}: expected the last stack of {size} frames moved on by one;"
                         " a wrapper changes the frames: pass frame_stack=1 to store whole stacks"
                     )
-                awaited[env] = frames[len(frames) // size :]
+                awaited[env] = frames[len(frames) // size :] if is_to_follow else b""
+        self._is_check_due = is_to_follow
 
     def check_padding(self, observation: Any, envs: Sequence[int] = (0,)) -> None:
         """Raise unless an episode's first stack is padded as the store will pad it."""
         for name, path in self._stacked_paths.items():
-            stacks = self._stacks(observation, path)
+            leaf = np.asarray(leaf_at(observation, path))
             padding = self.store.schema.by_name[name].padding
             for env in envs:
-                *older, newest = [frame.tobytes() for frame in stacks[env]]
+                stack = leaf[env] if self._is_vector else leaf
+                *older, newest = [frame.tobytes() for frame in stack]
                 if any(frame != (newest if padding is None else padding) for frame in older):
                     kind = "its newest frame" if padding is None else "the padding"
                     raise SchemaError(f"field {name!r}: expected an episode's first stack filled with {kind}")
-                self._awaited[name][env] = stacks[env][1:].tobytes()
-
-    def _stacks(self, observation: Any, path: Path) -> Sequence[np.ndarray]:
-        """A field's stacks, (stack, …), by environment."""
-        leaf = np.ascontiguousarray(leaf_at(observation, path))
-        return list(leaf) if self._is_vector else [leaf]
+                self._awaited[name][env] = stack[1:].tobytes()
+        self._is_check_due = True
 
     def extra(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """The user's own fields of a step: from `info`, and from `annotate`."""
@@ -150,11 +179,6 @@ class _Recorder:
                 raise SchemaError(f"field {name!r}: the environment's info has no such value")
             target[last] = source[last]
         return values | self.annotations
-
-
-def _copied(action: Any) -> Any:
-    """What an action was when it was taken, should the environment change it."""
-    return action if isinstance(action, (int, np.integer)) else copy.deepcopy(action)
 
 
 def _open_or_create(
@@ -252,12 +276,12 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         recorder = self._recorder
         recorder.before_step()
-        taken = _copied(action)
+        taken = (
+            action if isinstance(action, (int, np.integer)) else copy.deepcopy(action)
+        )  # env may change it
         result = self.env.step(action)
         observation, reward, terminated, truncated, info = result
-        recorder.check_stack(observation)
-        values = (taken, recorder.newest(observation), reward, terminated, truncated)
-        recorder.append(_Call(self.store.step, values, recorder.extra(info)))
+        recorder.append_step((taken, recorder.moved_on(observation), reward, terminated, truncated), info)
         return result
 
     def close(self) -> None:
@@ -357,8 +381,8 @@ class RecordVectorReplay(gym.vector.VectorWrapper[Any, Any, Any, Any, Any]):
             observations, infos = _with_final(
                 observations, infos, terminated | truncated, recorder.observation_paths.values()
             )
-        recorder.check_stack(observations, np.flatnonzero(mask).tolist())
-        values = (actions, recorder.newest(observations), rewards, terminated, truncated)
+        newest = recorder.moved_on(observations, np.flatnonzero(mask).tolist())
+        values = (actions, newest, rewards, terminated, truncated)
         own, extra = map_leaves((values, recorder.extra(infos)), self._lead)
         return _Call(self.store.step, own, {"mask": mask, **extra})
 

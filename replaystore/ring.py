@@ -5,7 +5,7 @@ durable, so that a failed commit can be done again in full, and a chunk that is 
 its first rows, so that it can be encoded again.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from replaystore.schema import Schema
 
 RING_BYTES = 1 << 25
 MAX_ROWS = 1 << 18
+PIECE_BYTES = 1 << 21
 
 
 class Ring:
@@ -30,6 +31,13 @@ class Ring:
             field.name: np.zeros((self.capacity, num_envs, *field.shape), field.dtype)
             for field in schema.fields
         }
+
+    def memory(self) -> Iterator[np.ndarray]:
+        """Its bytes, in pieces."""
+        for array in self.arrays.values():
+            data = array.reshape(-1).view(np.uint8)
+            for start in range(0, len(data), PIECE_BYTES):
+                yield data[start : start + PIECE_BYTES]
 
     def put(self, env: int, row: int, count: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Set `count` rows from `row`; zeros where an array is shorter."""

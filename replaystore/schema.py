@@ -52,7 +52,7 @@ class Schema:
         self.by_name = {field.name: field for field in self.fields}
         self._trees = _build_trees(self.fields)
         self._names = {top: tuple(_leaves(tree)) for top, tree in self._trees.items()}
-        self._is_nested = any(isinstance(tree, dict) for tree in self._trees.values())
+        self.is_nested = any(isinstance(tree, dict) for tree in self._trees.values())
         self._check()
 
     @property
@@ -79,7 +79,7 @@ class Schema:
             unknown = [name for name in values if name not in self._trees]
             have = ", ".join(self._trees)
             raise SchemaError(f"expected the fields {have}; missing {missing}, unknown {unknown}")
-        if not self._is_nested:
+        if not self.is_nested:
             return values
         flat: dict[str, Any] = {}
         for top, value in values.items():

@@ -22,11 +22,13 @@ Path = tuple[int | str, ...]
 class FrameStack(NamedTuple):
     """How observations are stacked: by how many frames, and what stands before the first.
 
-    `padding` is "reset" (the first frame again), "zero", or a frame.
+    `padding` is "reset" (the first frame again), "zero", or a frame. `is_direct` says that nothing
+    stands between a `FrameStackObservation` and whoever gets its stacks.
     """
 
     length: int
     padding: Any
+    is_direct: bool = False
 
 
 def schema_from_spaces(
@@ -119,7 +121,8 @@ def find_frame_stack(env: gym.Env[Any, Any]) -> FrameStack | None:
     while isinstance(layer, gym.Wrapper):
         if isinstance(layer, FrameStackObservation) and layer.observation_space == env.observation_space:
             padding = layer.padding_value if layer.padding_type == "_custom" else layer.padding_type
-            return FrameStack(layer.stack_size, padding) if layer.stack_size > 1 else None
+            is_direct = type(env) is FrameStackObservation
+            return FrameStack(layer.stack_size, padding, is_direct) if layer.stack_size > 1 else None
         layer = layer.env
     return None
 
@@ -134,7 +137,9 @@ def vector_stack(envs: gym.vector.VectorEnv[Any, Any, Any]) -> FrameStack | None
     base = envs.unwrapped
     if not isinstance(base, SyncVectorEnv) or envs.single_observation_space != base.single_observation_space:
         return None
-    return find_frame_stack(base.envs[0])
+    stacks = [find_frame_stack(env) for env in base.envs]
+    is_direct = envs is base and all(stack is not None and stack.is_direct for stack in stacks)
+    return None if stacks[0] is None else stacks[0]._replace(is_direct=is_direct)
 
 
 def _spec_json(spec: Any) -> str | None:

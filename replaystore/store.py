@@ -196,7 +196,8 @@ class ReplayStore(Selection):
             "truncated": truncated,
         }
         with self._view.lock:
-            self._writable().step(values | extra if extra else values, mask)
+            writer = self._writer or self._writable()
+            writer.step(values | extra if extra else values, mask)
 
     def add_episode(
         self,

@@ -2,13 +2,15 @@
 
 import mmap
 import os
+import resource
+import sys
 import threading
 
 import numpy as np
 import pytest
 
 from replaystore import files
-from replaystore.files import MAX_STRETCHES, PAGE, map_whole, prefetch
+from replaystore.files import MAX_STRETCHES, PAGE, map_whole, populate, prefetch
 
 
 def test_file_that_is_replaced_meanwhile_is_mapped_as_it_was_or_as_it_is(tmp_path):
@@ -88,3 +90,15 @@ def test_pages_of_a_mapped_file_may_be_asked_for(tmp_path):
     prefetch(data.ctypes.data + np.arange(10) * PAGE, np.full(10, 100))
     assert len(os.listdir("/proc/self/fd")) == before
     assert (data == ord("a")).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels are not asked")
+def test_memory_that_was_populated_is_there_before_it_is_written_to():
+    array = np.zeros(PAGE * 500, np.uint8)
+    array[7] = 7
+    populate(array[: PAGE * 400])
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    array[: PAGE * 399 : PAGE] += 1
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 50
+    assert array.sum() == 7 + 399
+    populate(array[3:9])  # no whole page

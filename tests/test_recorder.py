@@ -18,7 +18,7 @@ from gymnasium.wrappers import FrameStackObservation, TimeLimit, TransformObserv
 import replaystore.commit
 import replaystore.writer
 from replaystore import ClosedError, CommitError, Field, ReplayStore, SchemaError, Transition, UsageError
-from replaystore.recorder import RecordReplay
+from replaystore.recorder import DIRECT_STEPS, RecordReplay
 
 LENGTHS = (5, 1, 12, 2, 3, 1, 40)
 CHOICE = spaces.Discrete(2)
@@ -640,6 +640,35 @@ def test_wrapper_that_changes_the_frames_of_a_stack_is_refused(change, padding, 
     with pytest.raises(SchemaError, match=r"frame_stack=1|first stack"):
         roll_out(env, 5)
     assert len(env.store) == 0
+
+
+class ReusingLater(MadeUp):
+    """Returns arrays of its own, and from a step on the same one."""
+
+    def __init__(self, steps):
+        super().__init__(FRAME, lengths=(200,))
+        self._steps = steps
+
+    def observe(self):
+        frame = self.observation_space.sample()
+        self._steps -= 1
+        if self._steps > 0:
+            return frame
+        self._frame = getattr(self, "_frame", frame)
+        self._frame[...] = frame
+        return self._frame
+
+
+@pytest.mark.parametrize("steps", [1, 40, 47, 48, 49, 60])
+@pytest.mark.parametrize("is_direct", [False, True])
+def test_frames_of_a_stack_that_the_environment_writes_to_again_are_refused(steps, is_direct, recorder):
+    """At once below another wrapper, at the next check where the stacks come as they were made."""
+    env = stacked(ReusingLater(steps))
+    env = recorder(env if is_direct else TimeLimit(env, 500))
+    with pytest.raises(SchemaError, match="frame_stack=1"):
+        roll_out(env, 100)
+    right = max(0, steps - 1)
+    assert right <= len(env.store) <= right + (DIRECT_STEPS if is_direct else 0)
 
 
 # ---- making the environment again

@@ -4,7 +4,7 @@ from test_store import small_schema
 from test_windows import FLAGS
 
 from replaystore import Field, Schema
-from replaystore.ring import Ring
+from replaystore.ring import PIECE_BYTES, Ring
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
@@ -51,3 +51,12 @@ def test_a_ring_is_a_power_of_two_and_holds_some_chunks(chunk_rows, num_envs):
         **dict.fromkeys(["action", "reward", "terminated", "truncated"], (ring.capacity, num_envs)),
     }
     assert sum(array.nbytes for array in ring.arrays.values()) <= max(1 << 25, 4 * chunk_rows * num_envs * 34)
+
+
+def test_pieces_of_its_memory_are_all_of_its_bytes_once():
+    ring = Ring(Schema([Field("observation", (84, 84), "uint8"), *small_schema().fields[1:]]), 2)
+    for piece in ring.memory():
+        assert 0 < len(piece) <= PIECE_BYTES
+        piece += 1
+    for array in ring.arrays.values():
+        assert (np.ascontiguousarray(array).reshape(-1).view(np.uint8) == 1).all()

@@ -4,11 +4,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import FrameStackObservation, TimeLimit, TransformObservation
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from replaystore import Field, SchemaError, UsageError
 from replaystore.recorder import schema_from_spaces
-from replaystore.spaces import FrameStack, find_frame_stack, given_stack
+from replaystore.spaces import FrameStack, find_frame_stack, given_stack, vector_stack
 
 CHOICE = spaces.Discrete(2)
 IMAGE = spaces.Box(0, 255, (4, 6, 5), np.uint8)
@@ -163,8 +165,19 @@ def test_length_of_a_stack_that_is_no_number_of_frames_is_refused(length):
 def test_stack_is_found_below_wrappers_that_keep_its_observations():
     frame = np.full((6, 5), 7, np.uint8)
     stacked = FrameStackObservation(Still(spaces.Box(0, 9, (6, 5), np.uint8)), 4, padding_type=frame)
-    length, padding = find_frame_stack(TimeLimit(stacked, 10))
-    assert (length, padding.tolist()) == (4, frame.tolist())
+    length, padding, is_direct = find_frame_stack(TimeLimit(stacked, 10))
+    assert (length, padding.tolist(), is_direct) == (4, frame.tolist(), False)
+    assert find_frame_stack(stacked).is_direct
+
+
+def test_stacks_of_a_vector_are_direct_if_all_its_environments_give_them_so():
+    def make():
+        return FrameStackObservation(Still(spaces.Box(0, 9, (6, 5), np.uint8)), 4)
+
+    envs = SyncVectorEnv([make, make])
+    assert vector_stack(envs) == FrameStack(4, "reset", is_direct=True)
+    assert vector_stack(RecordEpisodeStatistics(envs)) == FrameStack(4, "reset", is_direct=False)
+    assert vector_stack(SyncVectorEnv([make, lambda: TimeLimit(make(), 9)])) == FrameStack(4, "reset")
 
 
 def test_stack_is_not_found_where_it_is_none():

@@ -830,6 +830,37 @@ def test_an_episode_whose_commit_failed_can_be_added_again(tmp_path, monkeypatch
         store.check()
 
 
+def test_rows_that_a_commit_under_way_holds_ask_for_no_other_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("replaystore.ring.RING_BYTES", 1 << 12)
+    monkeypatch.setattr("replaystore.writer.COMMIT_SECONDS", NEVER)
+    begun, may_go_on = threading.Semaphore(0), threading.Semaphore(0)
+    original = StreamCommitter.commit
+
+    def commit(committer, pending, ring):
+        begun.release()
+        assert may_go_on.acquire(timeout=30)
+        return original(committer, pending, ring)
+
+    with ReplayStore.create(tmp_path / "store", small_schema()) as store:
+        monkeypatch.setattr(StreamCommitter, "commit", commit)
+        writer = store._writer
+        quarter = writer._ring.capacity // 4
+        store.reset(0)
+        record_more(store, quarter)
+        writer._wake.set()  # as if a second had passed
+        assert begun.acquire(timeout=30)
+        record_more(store, quarter + 2)
+        assert not writer._wake.is_set()
+        record_more(store, quarter)
+        assert writer._wake.is_set(), "half a ring that is in no commit"
+        may_go_on.release(3)
+
+
+def record_more(store, steps):
+    for i in range(steps):
+        store.step(i, i, float(i), False, False)
+
+
 def test_step_reset_and_add_episode_give_the_same_rows(tmp_path):
     with ReplayStore.create(tmp_path / "store", counting_schema()) as store:
         store.add_episode(**counted_episode(0, 9))
