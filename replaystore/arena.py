@@ -151,23 +151,24 @@ class PackedColumn:
     def _take_cached(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
         held = self._slots.take(chunks)
         if not held.all():
-            needed = np.unique(chunks)
-            if len(needed) > len(self._holds):
+            missing = np.unique(chunks[held == 0])
+            pinned = np.zeros(len(self._holds), bool)
+            pinned[held[held > 0] - 1] = True
+            free = len(pinned) - np.count_nonzero(pinned)
+            if len(missing) > free:
                 half = len(chunks) // 2
                 self._take_cached(chunks[:half], within[:half], out[:half])
                 self._take_cached(chunks[half:], within[half:], out[half:])
                 return
-            self._fetch(needed)
+            self._fetch(missing, pinned)
             held = self._slots.take(chunks)
         rows = (held.astype(np.int64) - 1) * self._field.chunk_rows + within
         self._arena.take(rows, axis=0, out=out, mode="clip")
 
-    def _fetch(self, needed: np.ndarray) -> None:
-        """Decode those of distinct chunks that are missing, over the oldest that are not needed."""
-        slots = self._slots.take(needed).astype(np.int64) - 1
-        missing = needed[slots < 0]
-        oldest = (self._hand + np.arange(len(needed))) % len(self._holds)
-        slots = oldest[~np.isin(oldest, slots)][: len(missing)]
+    def _fetch(self, missing: np.ndarray, pinned: np.ndarray) -> None:
+        """Decode distinct chunks over the oldest in slots that are not pinned, (slots,)."""
+        oldest = np.roll(np.arange(len(pinned)), -self._hand)
+        slots = oldest[~pinned[oldest]][: len(missing)]
         frames = self._find(missing)
         held = self._holds[slots]
         self._slots[held[self._slots[held] == slots + 1]] = 0
