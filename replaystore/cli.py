@@ -1,9 +1,12 @@
 """The command line: `replaystore record | info | verify | repair | bench | tune`, each with `--help`."""
 
 import argparse
+import contextlib
 import importlib.util
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,21 +155,36 @@ def _roll_out(
     """Record so many transitions, or until Ctrl-C; returns how many."""
     vector = isinstance(recorder, RecordVectorReplay)
     taken, idle = 0, 0  # transitions; environments that their next step only resets
-    with tqdm(total=steps, unit="step", unit_scale=True) as bar:
-        try:
-            observation, _ = recorder.reset(seed=seed)
-            while taken < steps:
-                observation, _, terminated, truncated, _ = recorder.step(policy(observation))
-                taken += np.size(terminated) - idle
-                bar.update(taken - bar.n)
-                ended = int(np.count_nonzero(np.logical_or(terminated, truncated)))
-                if vector:
-                    idle = ended
-                elif ended:
-                    observation, _ = recorder.reset()
-        except KeyboardInterrupt:
-            sys.stderr.write("\nstopped: what was recorded is kept\n")
+    with _interrupts() as interrupted, tqdm(total=steps, unit="step", unit_scale=True) as bar:
+        observation, _ = recorder.reset(seed=seed)
+        while taken < steps and not interrupted.is_set():
+            observation, _, terminated, truncated, _ = recorder.step(policy(observation))
+            taken += np.size(terminated) - idle
+            bar.update(taken - bar.n)
+            ended = int(np.count_nonzero(np.logical_or(terminated, truncated)))
+            if vector:
+                idle = ended
+            elif ended:
+                observation, _ = recorder.reset()
+    if interrupted.is_set():
+        sys.stderr.write("stopped: what was recorded is kept\n")
     return taken
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C, so that a step under way is ended and counted; a second one interrupts it."""
+    interrupted = threading.Event()
+
+    def note(number: int, frame: Any) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _info(options: argparse.Namespace) -> int:
