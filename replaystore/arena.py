@@ -44,25 +44,10 @@ def stream_path(root: Path, stream: int) -> Path:
     return root / "streams" / f"{stream:06d}"
 
 
-class _Runs(NamedTuple):
-    """A piece's rows as runs of one chunk each, in order.
-
-    `run` (rows,) is each row's run; `first` and `last` (runs,) are a run's rows; `chunk` its chunk.
-    """
-
-    run: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    chunk: np.ndarray
-
-
-def _runs(chunks: np.ndarray) -> _Runs:
-    new = np.empty(len(chunks), bool)
-    new[0] = True
-    np.not_equal(chunks[1:], chunks[:-1], out=new[1:])
-    first = np.flatnonzero(new)
-    last = np.append(first[1:], len(chunks)) - 1
-    return _Runs(np.cumsum(new) - 1, first, last, chunks.take(first))
+def _runs(chunks: np.ndarray) -> np.ndarray:
+    """Where each run of rows of one chunk begins, and where the last one ends."""
+    bounds = np.flatnonzero(chunks[1:] != chunks[:-1]) + 1
+    return np.concatenate(([0], bounds, [len(chunks)]))
 
 
 class PackedColumn:
@@ -139,13 +124,19 @@ class PackedColumn:
             take_piece(chunks[piece], within[piece], out[piece])
 
     def _take_piece(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
-        runs, many = _runs(chunks), len(self._holds)
-        wanted = ((np.maximum.reduceat(within, runs.first) + 1) * self._field.row_nbytes).tolist()
-        frames, rows = self._find(runs.chunk), runs.run % many * self._field.chunk_rows + within
-        for start in range(0, len(wanted), many):
-            stop = min(start + many, len(wanted))
-            part = slice(runs.first[start], runs.last[stop - 1] + 1)
-            self._decode(frames, self._targets, wanted, (start, stop), runs.chunk)
+        first = _runs(chunks)
+        distinct = chunks.take(first[:-1])
+        start, nbytes = self._where(distinct)
+        scratch = self._arena[: self._field.chunk_rows]
+        if self._codec.take_rows(start, nbytes, first=first, within=within, out=out, scratch=scratch):
+            return
+        many, frames = len(self._holds), self._check(distinct, start, nbytes)
+        wanted = ((np.maximum.reduceat(within, first[:-1]) + 1) * self._field.row_nbytes).tolist()
+        rows = np.repeat(np.arange(len(distinct)) % many, np.diff(first)) * self._field.chunk_rows + within
+        for begin in range(0, len(wanted), many):
+            end = min(begin + many, len(wanted))
+            part = slice(first[begin], first[end])
+            self._decode(frames, self._targets, wanted, (begin, end), distinct)
             self._arena.take(rows[part], axis=0, out=out[part], mode="clip")
 
     def _take_cached(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
@@ -169,7 +160,7 @@ class PackedColumn:
         """Decode distinct chunks over the oldest in slots that are not pinned, (slots,)."""
         oldest = np.roll(np.arange(len(pinned)), -self._hand)
         slots = oldest[~pinned[oldest]][: len(missing)]
-        frames = self._find(missing)
+        frames = self._check(missing, *self._where(missing))
         held = self._holds[slots]
         self._slots[held[self._slots[held] == slots + 1]] = 0
         self._holds[slots] = NOTHING
@@ -190,8 +181,8 @@ class PackedColumn:
         except DamagedChunk as error:
             raise self._damaged(int(chunks[start + error.place]), error) from error
 
-    def _find(self, chunks: np.ndarray) -> Frames:
-        """Where the chunks are, and that they are as they were written."""
+    def _where(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The addresses of the chunks' bytes, and how many they are."""
         place = self._bases.searchsorted(chunks, side="right") - 1 if len(self._bases) > 1 else ONLY
         shard, number = np.divmod(chunks - self._bases.take(place), self._shard_chunks.take(place))
         shard += self._first_shard.take(place)
@@ -201,13 +192,17 @@ class PackedColumn:
         if self.from_disk and len(self._shards) > MAX_COPIED:
             prefetch(places, np.full(len(places), 16))
         entries = places[:, None] + np.arange(16)
-        offset, nbytes = memory().take(entries - MEMORY_START).view("<i8").T
+        offset, nbytes = memory().take(entries - MEMORY_START).view("<i8").T.copy()
         start, end = self._start.take(shard) + offset, offset + nbytes
         outside = (offset < 0) | (nbytes < 0) | (end > self._nbytes.take(shard))
         if outside.any():
             raise self._damaged(int(chunks[np.argmax(outside)]), CorruptionError("the chunk is missing"))
         if self.from_disk:
             prefetch(start, nbytes)
+        return start, nbytes
+
+    def _check(self, chunks: np.ndarray, start: np.ndarray, nbytes: np.ndarray) -> Frames:
+        """That the chunks at these addresses are as they were written."""
         try:
             return self._codec.check(start, nbytes)
         except DamagedChunk as error:

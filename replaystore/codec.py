@@ -21,6 +21,11 @@ from replaystore.errors import CorruptionError
 from replaystore.field import Field
 from replaystore.files import MEMORY_START, memory
 
+try:
+    from replaystore import decoding
+except ImportError:  # it was installed without a compiler
+    decoding = None  # type: ignore[assignment]
+
 # Only contextual calls are safe beside a forked worker or another thread; zarr sets it as well.
 numcodecs.blosc.use_threads = False
 
@@ -69,6 +74,8 @@ class ChunkCodec:
         name, self._level, self._shuffle = blosc_settings(field.codec)
         self._name = name.encode()
         self._nbytes = field.chunk_nbytes
+        self._row_nbytes = field.row_nbytes
+        self._is_plain = name in ("lz4", "lz4hc") and not self._shuffle
 
     def encode(self, chunk: np.ndarray) -> bytes:
         """Compress one whole chunk, `(chunk_rows, *shape)`; releases the GIL meanwhile."""
@@ -84,6 +91,29 @@ class ChunkCodec:
         source = np.frombuffer(encoded, np.uint8)
         start, sizes = np.array([source.ctypes.data]), np.array([len(encoded)])
         self.decode_many(self.check(start, sizes), [address], [self._nbytes])
+
+    def take_rows(
+        self,
+        sources: np.ndarray,
+        sizes: np.ndarray,
+        *,
+        first: np.ndarray,
+        within: np.ndarray,
+        out: np.ndarray,
+        scratch: np.ndarray,
+    ) -> bool:
+        """Check chunks in memory, by address and size, and copy rows of them to `out`, all at once.
+
+        Those from `first[i]` to `first[i + 1]` are the rows `within` chunk i; `scratch` is as long as a
+        chunk. False where that takes `check` and `decode_many`: a chunk that is damaged or no plain lz4,
+        or no compiled code.
+        """
+        if COMPILED is None or not self._is_plain:
+            return False
+        done = COMPILED.take_rows(
+            sources, sizes, first, within, out, scratch, self._row_nbytes, LZ4_ADDRESS, CRC32C_ADDRESS
+        )
+        return bool(done == len(sources))
 
     def check(self, sources: np.ndarray, sizes: np.ndarray) -> "Frames":
         """Check the checksums and headers of encoded chunks in memory, by address and size.
@@ -158,3 +188,11 @@ blosc_decompress = (
     _exported(numcodecs.blosc, "blosc_decompress_ctx", _POINTER, _POINTER, _SIZE, _INT) or _decompress_at
 )
 lz4_prefix = _exported(numcodecs.blosc, "LZ4_decompress_safe_partial", _POINTER, _POINTER, _INT, _INT, _INT)
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+LZ4_ADDRESS, CRC32C_ADDRESS = _address(lz4_prefix), _address(_crc32c_value)
+COMPILED = decoding if LZ4_ADDRESS and CRC32C_ADDRESS else None

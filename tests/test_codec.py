@@ -1,4 +1,5 @@
 import ctypes
+import shutil
 
 import google_crc32c
 import numcodecs
@@ -161,6 +162,130 @@ def test_first_rows_of_a_plain_chunk_are_decoded_alone(rows):
     codec.decode_many(frames, [out.ctypes.data], [rows * 400])
     assert np.array_equal(out[:rows], chunk[:rows])
     assert (out[rows:] == 99).all()
+
+
+# ---- rows of many chunks at once
+
+
+class Chunks:
+    """Encoded chunks of 4 rows in memory, and rows that are asked of them."""
+
+    def __init__(self, codec="blosc-lz4hc-5", count=5):
+        rng = np.random.default_rng(0)
+        self.field = field_of(codec)
+        self.codec = ChunkCodec(self.field)
+        self.rows = rng.integers(0, 3, (count, 4, 20, 20), np.uint8)
+        self.encoded = [np.frombuffer(self.codec.encode(chunk), np.uint8).copy() for chunk in self.rows]
+        counts = rng.integers(1, 7, count)
+        self.first = np.append(0, counts.cumsum())
+        self.within = rng.integers(0, 4, self.first[-1])
+        self.expected = self.rows[np.repeat(np.arange(count), counts), self.within]
+        self.out = np.full_like(self.expected, 99)
+
+    def take(self, **changed):
+        given = {
+            "sources": np.array([each.ctypes.data for each in self.encoded]),
+            "sizes": np.array([len(each) for each in self.encoded]),
+            "first": self.first,
+            "within": self.within,
+            "out": self.out,
+            "scratch": np.zeros(1600, np.uint8),
+        }
+        return self.codec.take_rows(**(given | changed))
+
+
+compiled = pytest.mark.skipif(
+    codec_module.COMPILED is None and shutil.which("cc") is None, reason="there is no C compiler here"
+)
+
+
+@compiled
+@pytest.mark.parametrize("codec", ["blosc-lz4hc-5", "blosc-lz4-9"])
+def test_rows_of_many_chunks_are_taken_at_once(codec):
+    chunks = Chunks(codec)
+    assert chunks.take()
+    assert np.array_equal(chunks.out, chunks.expected)
+
+
+@pytest.mark.parametrize("codec", ["blosc-lz4hc-5-shuffle", "blosc-zstd-3"])
+def test_rows_of_chunks_of_another_layout_are_left_to_python(codec):
+    assert not Chunks(codec).take()
+
+
+def test_rows_are_left_to_python_where_nothing_was_compiled(monkeypatch):
+    monkeypatch.setattr(codec_module, "COMPILED", None)
+    assert not Chunks().take()
+
+
+@compiled
+@pytest.mark.parametrize("number", range(5))
+def test_rows_of_chunks_are_left_to_python_if_a_bit_of_one_is_wrong(number):
+    for byte in range(40):
+        chunks = Chunks()
+        chunks.encoded[number][-byte if byte >= 24 else byte] ^= 1
+        assert not chunks.take()
+        done = chunks.first[number]
+        assert np.array_equal(chunks.out[:done], chunks.expected[:done])
+        assert (chunks.out[done:] == 99).all()
+
+
+@compiled
+@pytest.mark.parametrize("word", range(6))
+@pytest.mark.parametrize("wrong", [0, 1, -1, 1 << 30])
+def test_rows_of_chunks_are_left_to_python_if_a_frame_says_something_else(word, wrong):
+    """Also where its checksum is right: somebody may have made it so."""
+    chunks = Chunks()
+    words = chunks.encoded[2][:24].view("<u4")
+    words[word] = words[word] ^ 0x810000 if word == 0 else np.uint32((int(words[word]) + wrong) % 2**32)
+    chunks.encoded[2][-4:] = np.frombuffer(crc32c(chunks.encoded[2][:-4]).to_bytes(4, "little"), np.uint8)
+    assert chunks.take() == (wrong == 0 and word > 0)
+
+
+@compiled
+def test_block_that_does_not_decode_to_the_rows_is_left_to_python():
+    chunks = Chunks()
+    chunks.encoded[1][24:-4] = 0
+    chunks.encoded[1][-4:] = np.frombuffer(crc32c(chunks.encoded[1][:-4]).to_bytes(4, "little"), np.uint8)
+    assert not chunks.take()
+
+
+@compiled
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sizes": np.zeros(4, np.int64)},
+        {"first": np.arange(5)},
+        {"first": np.array([0, 0, 1, 2, 3, 4])},
+        {"first": np.array([1, 2, 3, 4, 5, 6])},
+        {"first": np.array([0, 9, 3, 4, 5, 6])},
+        {"within": np.full(6, 4)},
+        {"within": np.full(6, -1)},
+        {"out": np.zeros(6 * 400 - 1, np.uint8)},
+        {"scratch": np.zeros(1599, np.uint8)},
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_match_are_refused_before_any_byte_is_read(changed):
+    chunks = Chunks()
+    whole = {"first": np.array([0, 1, 2, 3, 4, 6]), "within": np.zeros(6, np.int64), "out": chunks.out[:6]}
+    assert chunks.take(**whole)
+    if "scratch" in changed:  # then it is another field's
+        assert not chunks.take(**whole | changed)
+        return
+    with pytest.raises(ValueError, match="matching sizes"):
+        chunks.take(**whole | changed)
+
+
+@compiled
+def test_arrays_that_are_not_contiguous_are_refused():
+    chunks = Chunks()
+    with pytest.raises((BufferError, ValueError), match="contiguous"):
+        chunks.take(within=np.zeros(2 * len(chunks.within), np.int64)[::2])
+
+
+@compiled
+def test_compiled_code_is_found_here():
+    assert codec_module.COMPILED is not None
 
 
 def test_the_checksum_is_crc32c_and_can_be_extended():

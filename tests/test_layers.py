@@ -11,6 +11,7 @@ PACKAGE = Path(replaystore.__file__).parent
 LAYER = {
     "errors": 0,
     "bounds": 1,
+    "decoding": 1,
     "states": 1,
     "field": 1,
     "files": 1,
@@ -100,7 +101,7 @@ def test_imports_point_down(path):
 
 
 def test_every_module_has_a_layer():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == LAYER.keys()
+    assert {path.stem for path in PACKAGE.iterdir() if path.suffix in (".py", ".pyi")} == LAYER.keys()
 
 
 def test_every_import_statement_is_found(tmp_path):

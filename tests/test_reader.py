@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 from recording import Recorder, schema
+from test_windows import FLAGS
 
 import replaystore.arena
+import replaystore.codec
 import replaystore.reader
-from replaystore import ReplayStore, Transition
+from replaystore import Field, ReplayStore, Schema, Transition
 from replaystore.reader import Foresight
 
 
@@ -78,3 +80,26 @@ def test_no_transitions_of_an_empty_store_are_read_as_empty_arrays(tmp_path):
     with ReplayStore.open(tmp_path / "store") as store:
         batch = store.read(np.arange(0))
     assert (batch.observation.shape, batch.action.shape, batch.ids.shape) == ((0, 6, 6), (0,), (0,))
+
+
+@pytest.mark.parametrize("codec", ["blosc-lz4hc-5", "blosc-zstd-1"])
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_what_is_read_is_the_same_without_compiled_code(codec, num_envs, tmp_path, monkeypatch):
+    """Also where a piece of many rows begins in the middle of a chunk's, and of noise in other frames."""
+    monkeypatch.setattr(replaystore.arena, "PIECE_ROWS", 100)
+    rng = np.random.default_rng(0)
+    field = Field("observation", (30, 30), "uint8", codec=codec, chunk_rows=4)
+    fields = [Field("action", (), "int64"), Field("reward", (), "float64"), *FLAGS]
+    path = tmp_path / "store"
+    with ReplayStore.create(path, Schema([field, *fields]), num_envs=num_envs) as store:
+        for length in rng.integers(1, 30, 20).tolist():
+            frames = rng.integers(0, 256 if length % 5 == 0 else 3, (length + 1, 30, 30), np.uint8)
+            flags = {"terminated": np.zeros(length, bool), "truncated": np.zeros(length, bool)}
+            store.add_episode(observation=frames, action=np.arange(length), reward=np.zeros(length), **flags)
+    numbers, window = rng.integers(200, size=150), Transition(frame_stack=3)
+    with ReplayStore.open(path) as store:
+        batch = store.read(numbers, window)
+        monkeypatch.setattr(replaystore.codec, "COMPILED", None)
+        again = store.read(numbers, window)
+    for one, other in zip(batch[:8], again[:8], strict=True):
+        assert np.array_equal(one, other)
