@@ -1,10 +1,10 @@
 """One packed field of all streams, read through an arena of decoded chunks.
 
-A batch's rows are taken slice by slice, so that what is decoded is gathered while it is in the
-processor's cache. A small arena is only scratch space for that; a large one keeps decoded chunks.
-What numpy can do for all chunks of a piece at once (finding shards, reading index entries and
-headers) is done at once; checksums and decoding are C calls from `map`. Of a chunk only the rows
-up to the last one needed are decoded, unless the arena keeps it.
+What is decoded is gathered while it is in the processor's cache: chunk by chunk in compiled code
+(`decoding.c`), or else slice by slice. A small arena is only scratch space for that; a large one keeps
+decoded chunks. What numpy can do for all chunks of a piece at once (finding shards, reading index
+entries and headers) is done at once; where nothing was compiled, checksums and decoding are C calls
+from `map`. Of a chunk only the rows up to the last one needed are decoded, unless the arena keeps it.
 """
 
 from collections.abc import Mapping

@@ -212,21 +212,30 @@ def _try(field: Field, sample: np.ndarray, item_rows: int, rng: np.random.Genera
     sizes = np.array([len(chunk) for chunk in chunks])
     starts = encoded.ctypes.data + np.cumsum(sizes) - sizes
     items = 1024
-    first = rng.integers(max(1, len(sample) - item_rows + 1), size=items)
-    last = np.minimum(first + item_rows, len(sample)) - 1
-    pieces = [  # (chunk, rows of it that have to be decoded)
-        (chunk, min(end + 1 - chunk * size, size))
-        for begin, end in zip(first.tolist(), last.tolist(), strict=True)
-        for chunk in range(begin // size, end // size + 1)
-    ]
-    number, needed = (np.array(column) for column in zip(*pieces, strict=True))
-    out = np.empty((size, *field.shape), field.dtype)
-    targets, wanted = [out.ctypes.data] * len(number), (needed * field.row_nbytes).tolist()
+    begins = rng.integers(max(1, len(sample) - item_rows + 1), size=items)
+    rows = np.minimum(begins[:, None] + np.arange(item_rows), len(sample) - 1).ravel()
     start = time.perf_counter()
-    codec.decode_many(codec.check(starts[number], sizes[number]), targets, wanted)
+    _take(codec, field, (starts, sizes), rows)
     reading = time.perf_counter() - start
     scale = 1e6 / len(sample)
     return Trial(field.codec, size, len(encoded) / len(sample), encoding * scale, reading / items * 1e6)
+
+
+def _take(codec: ChunkCodec, field: Field, chunks: tuple[np.ndarray, np.ndarray], rows: np.ndarray) -> None:
+    """Read rows out of encoded chunks, by their addresses and sizes, in the order in which they are given."""
+    number, within = np.divmod(rows, field.chunk_rows)
+    bounds = np.flatnonzero(np.diff(number, prepend=-1, append=-1))
+    distinct = number[bounds[:-1]]
+    starts, sizes = (column[distinct] for column in chunks)
+    out = np.empty((len(rows), *field.shape), field.dtype)
+    scratch = np.empty((field.chunk_rows, *field.shape), field.dtype)
+    if codec.take_rows(starts, sizes, first=bounds, within=within, out=out, scratch=scratch):
+        return
+    frames = codec.check(starts, sizes)
+    wanted = (np.maximum.reduceat(within, bounds[:-1]) + 1) * field.row_nbytes
+    for i, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
+        codec.decode_many(frames.part(i, i + 1), [scratch.ctypes.data], [int(wanted[i])])
+        scratch.take(within[begin:end], axis=0, out=out[begin:end], mode="clip")
 
 
 def draw(figures: list[Figure], path: Path, title: str) -> None:
