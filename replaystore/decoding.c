@@ -10,8 +10,11 @@
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
-enum { HEADER = 24, SMALLEST = 28, LINE = 64, AHEAD = 4096 };
+enum { HEADER = 24, SMALLEST = 28, LINE = 64, AHEAD = 4096, LONG = 1 << 22 };
 
 static const uint32_t RESIDUE = 0x48674BC7;    /* crc32c of bytes and their own crc32c */
 static const uint32_t KIND = 0xFF0000, PLAIN_LZ4 = 0x200000;
@@ -43,6 +46,27 @@ static void ask_for(const uint8_t *source, int64_t nbytes)
 {
     for (int64_t at = 0; at < nbytes && at < AHEAD; at += LINE)
         __builtin_prefetch(source + at);
+}
+
+/* Copy to memory, not to the caches: what is too long for them would be read from there first, in vain. */
+static void copy_past_caches(char *out, const char *row, int64_t nbytes)
+{
+#ifdef __SSE2__
+    if (((uintptr_t)out | (uintptr_t)row | (uintptr_t)nbytes) % sizeof(__m128i) == 0) {
+        for (int64_t at = 0; at < nbytes; at += (int64_t)sizeof(__m128i))
+            _mm_stream_si128((__m128i *)(out + at), _mm_load_si128((const __m128i *)(row + at)));
+        return;
+    }
+#endif
+    memcpy(out, row, (size_t)nbytes);
+}
+
+/* After that: have it done before anybody is told. */
+static void settle(void)
+{
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
 }
 
 typedef struct {
@@ -77,7 +101,9 @@ static int fits(const Int64s *first, const Int64s *within, Py_ssize_t chunks, in
 static Py_ssize_t take_each(const Codec *codec, const Int64s *start, const Int64s *nbytes, const Int64s *first,
                             const Int64s *within, char *out, char *scratch, int64_t row_nbytes)
 {
-    for (Py_ssize_t chunk = 0; chunk < start->length; chunk++) {
+    const int is_long = within->length * row_nbytes > LONG;
+    Py_ssize_t chunk = 0;
+    for (; chunk < start->length; chunk++) {
         int64_t last = 0;
         if (chunk + 1 < start->length)
             ask_for((const uint8_t *)start->items[chunk + 1], nbytes->items[chunk + 1]);
@@ -85,11 +111,18 @@ static Py_ssize_t take_each(const Codec *codec, const Int64s *start, const Int64
             last = within->items[row] > last ? within->items[row] : last;
         if (!decode(codec, (const uint8_t *)start->items[chunk], nbytes->items[chunk], scratch,
                     (last + 1) * row_nbytes))
-            return chunk;
-        for (int64_t row = first->items[chunk]; row < first->items[chunk + 1]; row++)
-            memcpy(out + row * row_nbytes, scratch + within->items[row] * row_nbytes, (size_t)row_nbytes);
+            break;
+        for (int64_t row = first->items[chunk]; row < first->items[chunk + 1]; row++) {
+            char *target = out + row * row_nbytes;
+            const char *source = scratch + within->items[row] * row_nbytes;
+            if (is_long)
+                copy_past_caches(target, source, row_nbytes);
+            else
+                memcpy(target, source, (size_t)row_nbytes);
+        }
     }
-    return start->length;
+    settle();
+    return chunk;
 }
 
 PyDoc_STRVAR(take_rows_doc,

@@ -207,6 +207,26 @@ def test_rows_of_many_chunks_are_taken_at_once(codec):
     assert np.array_equal(chunks.out, chunks.expected)
 
 
+@compiled
+@pytest.mark.parametrize("shape", [(64, 64), (63, 63)])
+@pytest.mark.parametrize("shift", [0, 1, 8, 16])
+def test_rows_that_are_too_long_for_the_caches_are_taken(shape, shift):
+    """They are copied another way, if they lie right for it."""
+    field = field_of("blosc-lz4hc-5", shape=shape)
+    codec, rng = ChunkCodec(field), np.random.default_rng(0)
+    rows = rng.integers(0, 3, (4, *shape), np.uint8)
+    encoded = np.frombuffer(codec.encode(rows), np.uint8)
+    within = rng.integers(0, 4, (9 << 19) // field.row_nbytes)
+    memory = np.full(len(within) * field.row_nbytes + 32, 99, np.uint8)
+    out = memory[shift : len(memory) - 32 + shift].reshape(-1, *shape)
+    sources, sizes = np.array([encoded.ctypes.data]), np.array([len(encoded)])
+    first, scratch = np.array([0, len(within)]), np.empty(rows.nbytes, np.uint8)
+    assert codec.take_rows(sources, sizes, first=first, within=within, out=out, scratch=scratch)
+    assert np.array_equal(out, rows[within])
+    assert (memory[:shift] == 99).all()
+    assert (memory[len(memory) - 32 + shift :] == 99).all()
+
+
 @pytest.mark.parametrize("codec", ["blosc-lz4hc-5-shuffle", "blosc-zstd-3"])
 def test_rows_of_chunks_of_another_layout_are_left_to_python(codec):
     assert not Chunks(codec).take()
