@@ -1,5 +1,7 @@
 """What safety costs: sampling with checksums and without, commits with syncs and without.
 
+Also what the compiled code of the read path saves.
+
 Each pair is measured in turns on one store of real Breakout frames; printed are medians and ratios.
 """
 
@@ -71,6 +73,14 @@ def without_checksums(run: Callable[[], None], folder: Path) -> Callable[[], Non
     return unchecked
 
 
+def without_compiled_code(run: Callable[[], None]) -> Callable[[], None]:
+    def interpreted() -> None:
+        with mock.patch.object(codec, "COMPILED", None):
+            run()
+
+    return interpreted
+
+
 def without_syncs(run: Callable[[], None]) -> Callable[[], None]:
     class NoSync:
         def __getattr__(self, name: str) -> object:
@@ -104,6 +114,8 @@ def main() -> None:
                 checked, unchecked = in_turns(sample, without_checksums(sample, Path(folder)), options.rounds)
                 rates = f"{2048 / checked:,.0f}/s with checksums, {2048 / unchecked:,.0f}/s without"
                 print(f"sampling, batch {size}: {rates}: {checked / unchecked:.3f}x the time")
+                compiled, interpreted = in_turns(sample, without_compiled_code(sample), options.rounds)
+                print(f"  without compiled code {interpreted / compiled:.3f}x the time")
             frame = np.zeros((84, 84), np.uint8)
             store.reset(frame)
 
