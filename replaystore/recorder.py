@@ -210,7 +210,9 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
     """Records every transition of an environment; creates the store or adds to it.
 
     `frame_stack` says of how many frames an observation is the stack; by default a
-    `FrameStackObservation` is found by itself. Of a stack only the newest frame is stored.
+    `FrameStackObservation` is found by itself. Of a stack only the newest frame is stored; `SchemaError`
+    where a stack is not the last one moved on, which is looked at every step, or in one of 16 where that
+    wrapper is the outermost.
     `padding` is "reset", "zero" or a frame, for stacks given by `frame_stack`. `fields` are the
     user's own: `info/NAME` is taken from the environment's info, any other from `annotate`.
     `policy` tags the episodes that begin from now on, and `columns` describes them. `at` goes on from
