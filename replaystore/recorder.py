@@ -135,7 +135,7 @@ class _Recorder:
         self._steps += 1
         if self._is_check_due or is_to_follow:
             self._check_stacks(observation, envs, is_to_follow)
-        return self.newest(observation)
+        return observation[self._newest] if type(observation) is np.ndarray else self.newest(observation)
 
     def _check_stacks(self, observation: Any, envs: Sequence[int], is_to_follow: bool) -> None:
         """Raise unless stacks are what is awaited; say what of the next ones is, if those are to follow."""
@@ -211,8 +211,8 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
 
     `frame_stack` says of how many frames an observation is the stack; by default a
     `FrameStackObservation` is found by itself. Of a stack only the newest frame is stored; `SchemaError`
-    where a stack is not the last one moved on, which is looked at every step, or in one of 16 where that
-    wrapper is the outermost.
+    where a stack is not the last one moved on, which is looked at every step, or in one of 16 where no
+    wrapper above that one could change it.
     `padding` is "reset", "zero" or a frame, for stacks given by `frame_stack`. `fields` are the
     user's own: `info/NAME` is taken from the environment's info, any other from `annotate`.
     `policy` tags the episodes that begin from now on, and `columns` describes them. `at` goes on from

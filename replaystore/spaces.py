@@ -9,11 +9,21 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv
-from gymnasium.wrappers import FrameStackObservation
+from gymnasium.wrappers import (
+    FrameStackObservation,
+    OrderEnforcing,
+    PassiveEnvChecker,
+    RecordEpisodeStatistics,
+    RecordVideo,
+    TimeLimit,
+)
 
 from replaystore.errors import SchemaError, UsageError
 from replaystore.field import Field
 from replaystore.schema import Schema
+
+PASSING = (OrderEnforcing, PassiveEnvChecker, RecordEpisodeStatistics, RecordVideo, TimeLimit)
+"""Wrappers that hand over observations as they are."""
 
 Space = gym.Space[Any]
 Path = tuple[int | str, ...]
@@ -23,7 +33,7 @@ class FrameStack(NamedTuple):
     """How observations are stacked: by how many frames, and what stands before the first.
 
     `padding` is "reset" (the first frame again), "zero", or a frame. `is_direct` says that nothing
-    stands between a `FrameStackObservation` and whoever gets its stacks.
+    that could change them stands between a `FrameStackObservation` and whoever gets its stacks.
     """
 
     length: int
@@ -117,12 +127,13 @@ def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
 
 def find_frame_stack(env: gym.Env[Any, Any]) -> FrameStack | None:
     """The stack of a `FrameStackObservation` that gives the environment its observation space."""
-    layer = env
+    layer, is_direct = env, True
     while isinstance(layer, gym.Wrapper):
         if isinstance(layer, FrameStackObservation) and layer.observation_space == env.observation_space:
             padding = layer.padding_value if layer.padding_type == "_custom" else layer.padding_type
-            is_direct = type(env) is FrameStackObservation
+            is_direct = is_direct and type(layer) is FrameStackObservation
             return FrameStack(layer.stack_size, padding, is_direct) if layer.stack_size > 1 else None
+        is_direct = is_direct and type(layer) in PASSING
         layer = layer.env
     return None
 

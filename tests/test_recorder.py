@@ -664,7 +664,7 @@ class ReusingLater(MadeUp):
 def test_frames_of_a_stack_that_the_environment_writes_to_again_are_refused(steps, is_direct, recorder):
     """At once below another wrapper, at the next check where the stacks come as they were made."""
     env = stacked(ReusingLater(steps))
-    env = recorder(env if is_direct else TimeLimit(env, 500))
+    env = recorder(TimeLimit(env, 500) if is_direct else gym.Wrapper(env))
     with pytest.raises(SchemaError, match="frame_stack=1"):
         roll_out(env, 100)
     right = max(0, steps - 1)

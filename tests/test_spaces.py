@@ -6,6 +6,7 @@ import pytest
 from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import FrameStackObservation, TimeLimit, TransformObservation
+from gymnasium.wrappers import RecordEpisodeStatistics as RecordEpisode
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from replaystore import Field, SchemaError, UsageError
@@ -166,8 +167,22 @@ def test_stack_is_found_below_wrappers_that_keep_its_observations():
     frame = np.full((6, 5), 7, np.uint8)
     stacked = FrameStackObservation(Still(spaces.Box(0, 9, (6, 5), np.uint8)), 4, padding_type=frame)
     length, padding, is_direct = find_frame_stack(TimeLimit(stacked, 10))
-    assert (length, padding.tolist(), is_direct) == (4, frame.tolist(), False)
+    assert (length, padding.tolist(), is_direct) == (4, frame.tolist(), True)
+
+
+def test_stack_is_direct_below_wrappers_that_hand_it_over_and_no_others():
+    class Other(FrameStackObservation):
+        pass
+
+    def same(frames):
+        return frames
+
+    stacked = FrameStackObservation(Still(spaces.Box(0, 9, (6, 5), np.uint8)), 4)
+    changed = TransformObservation(stacked, same, stacked.observation_space)
     assert find_frame_stack(stacked).is_direct
+    assert find_frame_stack(TimeLimit(RecordEpisode(stacked), 9)).is_direct
+    for env in (changed, TimeLimit(changed, 9), gym.Wrapper(stacked), Other(stacked.env, 4)):
+        assert find_frame_stack(env) == FrameStack(4, "reset", is_direct=False)
 
 
 def test_stacks_of_a_vector_are_direct_if_all_its_environments_give_them_so():
@@ -177,7 +192,7 @@ def test_stacks_of_a_vector_are_direct_if_all_its_environments_give_them_so():
     envs = SyncVectorEnv([make, make])
     assert vector_stack(envs) == FrameStack(4, "reset", is_direct=True)
     assert vector_stack(RecordEpisodeStatistics(envs)) == FrameStack(4, "reset", is_direct=False)
-    assert vector_stack(SyncVectorEnv([make, lambda: TimeLimit(make(), 9)])) == FrameStack(4, "reset")
+    assert vector_stack(SyncVectorEnv([make, lambda: gym.Wrapper(make())])) == FrameStack(4, "reset")
 
 
 def test_stack_is_not_found_where_it_is_none():
