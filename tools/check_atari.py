@@ -41,8 +41,8 @@ WRAPPERS = (AtariPreprocessing, lambda env: FrameStackObservation(env, STACK))
 Rows = dict[str, np.ndarray]  # of one episode: L+1 observations, L of the rest
 
 
-def make_env() -> gym.Env:
-    env = gym.make("ALE/Breakout-v5", frameskip=1)
+def make_env(game: str = "Breakout") -> gym.Env:
+    env = gym.make(f"ALE/{game}-v5", frameskip=1)
     for wrapper in WRAPPERS:
         env = wrapper(env)
     return env
@@ -231,12 +231,12 @@ def step_through(env: gym.Env, actions: np.ndarray) -> None:
             env.reset()
 
 
-def time_in_turns(path: Path, steps: int, block: int) -> tuple[np.ndarray, float]:
+def time_in_turns(path: Path, game: str, steps: int, block: int) -> tuple[np.ndarray, float]:
     """Seconds of blocks, (blocks, 3, 2): bare, recorded, the flush after it; and those of `close`.
 
     The flush keeps the background commit of a recorded block out of the bare block that follows.
     """
-    bare, recorded = make_env(), RecordReplay(make_env(), path)
+    bare, recorded = make_env(game), RecordReplay(make_env(game), path)
     for env in (bare, recorded):
         env.reset(seed=0)
     blocks = np.random.default_rng(0).integers(4, size=(max(1, steps // block), block))
@@ -257,9 +257,9 @@ def time_call(call: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - cpu_start
 
 
-def check_time(path: Path, steps: int, block: int) -> bool:
-    print(f"\n{steps:,} steps with and without recording, in turns of {block:,}")
-    seconds, close = time_in_turns(path, steps, block)
+def check_time(path: Path, game: str, steps: int, block: int) -> bool:
+    print(f"\n{steps:,} steps of {game} with and without recording, in turns of {block:,}")
+    seconds, close = time_in_turns(path, game, steps, block)
     bare, recorded, flush = (seconds[:, number] for number in range(3))  # each (blocks, 2): wall, CPU
     tell("µs a step, bare", f"{np.median(bare[:, 0]) / block * 1e6:.1f}")
     tell("µs a step, recorded", f"{np.median(recorded[:, 0]) / block * 1e6:.1f}")
@@ -283,6 +283,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50_000, help="to record and compare")
     parser.add_argument("--vector-steps", type=int, default=20_000, help="of each mode; 0 for none")
     parser.add_argument("--timed-steps", type=int, default=50_000, help="of each loop; 0 for none")
+    parser.add_argument("--timed-game", default="Breakout", help="of the loops that are timed")
     parser.add_argument("--block", type=int, default=2_000, help="steps until the loops take turns")
     options = parser.parse_args()
     gym.register_envs(ale_py)
@@ -292,7 +293,7 @@ def main() -> int:
         if options.vector_steps:
             good &= check_vectors(Path(folder), options.vector_steps)
         if options.timed_steps:
-            good &= check_time(Path(folder) / "timed", options.timed_steps, options.block)
+            good &= check_time(Path(folder) / "timed", options.timed_game, options.timed_steps, options.block)
     return 0 if good else 1
 
 
