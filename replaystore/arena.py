@@ -44,7 +44,7 @@ def stream_path(root: Path, stream: int) -> Path:
     return root / "streams" / f"{stream:06d}"
 
 
-def _runs(chunks: np.ndarray) -> np.ndarray:
+def run_bounds(chunks: np.ndarray) -> np.ndarray:
     """Where each run of rows of one chunk begins, and where the last one ends."""
     bounds = np.flatnonzero(chunks[1:] != chunks[:-1]) + 1
     return np.concatenate(([0], bounds, [len(chunks)]))
@@ -124,7 +124,7 @@ class PackedColumn:
             take_piece(chunks[piece], within[piece], out[piece])
 
     def _take_piece(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
-        first = _runs(chunks)
+        first = run_bounds(chunks)
         distinct = chunks.take(first[:-1])
         start, nbytes = self._where(distinct)
         scratch = self._arena[: self._field.chunk_rows]

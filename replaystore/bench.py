@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from replaystore.arena import run_bounds
 from replaystore.codec import ChunkCodec
 from replaystore.errors import UsageError
 from replaystore.field import MAX_CHUNK_ROWS, Field
@@ -232,7 +233,7 @@ def _take(
 ) -> None:
     """Read rows out of encoded chunks, by their addresses and sizes, in the order in which they are given."""
     number, within = np.divmod(rows, field.chunk_rows)
-    bounds = np.flatnonzero(np.diff(number, prepend=-1, append=-1))
+    bounds = run_bounds(number)
     distinct = number[bounds[:-1]]
     starts, sizes = (column[distinct] for column in chunks)
     scratch = np.empty((field.chunk_rows, *field.shape), field.dtype)

@@ -135,15 +135,14 @@ class _Recorder:
         self._steps += 1
         if self._is_check_due or is_to_follow:
             self._check_stacks(observation, envs, is_to_follow)
-        return observation[self._newest] if type(observation) is np.ndarray else self.newest(observation)
+        return self.newest(observation)
 
     def _check_stacks(self, observation: Any, envs: Sequence[int], is_to_follow: bool) -> None:
         """Raise unless stacks are what is awaited; say what of the next ones is, if those are to follow."""
         for name, path in self._stacked_paths.items():
-            leaf, awaited = np.asarray(leaf_at(observation, path)), self._awaited[name]
+            stacks, awaited = self._stacks(observation, path), self._awaited[name]
             for env in envs:
-                stack = leaf[env] if self._is_vector else leaf
-                frames, size = stack.tobytes(), len(stack)
+                frames, size = stacks[env].tobytes(), len(stacks[env])
                 if not frames.startswith(awaited[env]):
                     raise SchemaError(
                         f"field {name!r}: expected the last stack of {size} frames moved on by one;"
@@ -155,16 +154,20 @@ class _Recorder:
     def check_padding(self, observation: Any, envs: Sequence[int] = (0,)) -> None:
         """Raise unless an episode's first stack is padded as the store will pad it."""
         for name, path in self._stacked_paths.items():
-            leaf = np.asarray(leaf_at(observation, path))
+            stacks = self._stacks(observation, path)
             padding = self.store.schema.by_name[name].padding
             for env in envs:
-                stack = leaf[env] if self._is_vector else leaf
-                *older, newest = [frame.tobytes() for frame in stack]
+                *older, newest = [frame.tobytes() for frame in stacks[env]]
                 if any(frame != (newest if padding is None else padding) for frame in older):
                     kind = "its newest frame" if padding is None else "the padding"
                     raise SchemaError(f"field {name!r}: expected an episode's first stack filled with {kind}")
-                self._awaited[name][env] = stack[1:].tobytes()
+                self._awaited[name][env] = stacks[env][1:].tobytes()
         self._is_check_due = True
+
+    def _stacks(self, observation: Any, path: Path) -> np.ndarray:
+        """A field's stacks, (num_envs, stack, …)."""
+        leaf = np.asarray(leaf_at(observation, path))
+        return leaf if self._is_vector else leaf[None]
 
     def extra(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """The user's own fields of a step: from `info`, and from `annotate`."""
@@ -278,9 +281,8 @@ class RecordReplay(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         recorder = self._recorder
         recorder.before_step()
-        taken = (
-            action if isinstance(action, (int, np.integer)) else copy.deepcopy(action)
-        )  # env may change it
+        # a copy of what the environment may change
+        taken = action if isinstance(action, (int, np.integer)) else copy.deepcopy(action)
         result = self.env.step(action)
         observation, reward, terminated, truncated, info = result
         recorder.append_step((taken, recorder.moved_on(observation), reward, terminated, truncated), info)

@@ -22,8 +22,8 @@ from replaystore.errors import SchemaError, UsageError
 from replaystore.field import Field
 from replaystore.schema import Schema
 
+# Wrappers that hand over observations as they are.
 PASSING = (OrderEnforcing, PassiveEnvChecker, RecordEpisodeStatistics, RecordVideo, TimeLimit)
-"""Wrappers that hand over observations as they are."""
 
 Space = gym.Space[Any]
 Path = tuple[int | str, ...]
