@@ -138,13 +138,19 @@ class Batches(TorchSampler[Any]):
     def _draw(self) -> Drawn | None:
         """What comes next, of one or several draws."""
         with self._lock:
-            draws = [drawn for _ in range(self._draws) if (drawn := self._draw_once()) is not None]
+            draws = [drawn for _ in range(self._draws_now()) if (drawn := self._draw_once()) is not None]
             if not draws:
                 return None
             drawn = draws[0] if len(draws) == 1 else _joined(draws)
             if self._is_told:
                 self._pending.append(drawn)
             return drawn
+
+    def _draws_now(self) -> int:
+        """How many draws to give at once: few at the ends of a pass, where workers wait for each other."""
+        total, done, _ = self._pass
+        left = (total - done) // (4 * self._step)
+        return max(1, min(self._draws, 1 + done // self._step, left))
 
     def _draw_once(self) -> Drawn | None:
         total, done, _ = self._pass

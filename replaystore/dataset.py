@@ -17,7 +17,7 @@ import torch
 from replaystore.batches import Batches
 from replaystore.errors import UsageError
 from replaystore.goals import Relabelled
-from replaystore.handover import leaves, map_leaves
+from replaystore.handover import map_leaves, memory_of
 from replaystore.index import EpisodeIndex
 from replaystore.loader import Collated, Loadable, Loader, Tensors
 from replaystore.reader import Allocate
@@ -28,7 +28,7 @@ from replaystore.windows import Transition, Window, takes_seeds
 
 READ_AT_ONCE = 256  # items of the batches that are drawn and read together
 SENT_AT_ONCE = 1024  # that are read so in a worker, as a message costs what 20 items do
-SENT_BYTES = 1 << 25  # but no more than this, if that is not less than are drawn together
+SENT_BYTES = 1 << 26  # but no more than this, if that is not less than are drawn together
 
 
 class ReplayDataset(Loadable):
@@ -255,9 +255,7 @@ class ReplayDataset(Loadable):
         """How many items of small batches a worker reads at once."""
         if self.together == 1:
             return 1
-        item = _named(self.selection.read(np.zeros(1, np.int64), self.window))
-        nbytes = sum(int(array.nbytes) for array in leaves(item))
-        return min(SENT_AT_ONCE, SENT_BYTES // nbytes)
+        return min(SENT_AT_ONCE, SENT_BYTES // memory_of(self.read(np.zeros(1, np.int64))))
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_store": None, "_selection": None}

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.array_utils import byte_bounds
 
 ALIGNMENT = 64
 
@@ -183,6 +184,15 @@ def leaves(batch: Any) -> list[Any]:
     found: list[Any] = []
     map_leaves(batch, found.append)
     return found
+
+
+def memory_of(batch: Any) -> int:
+    """Bytes of the memory under the leaves; what is under several of them counts once."""
+    nbytes = end = 0
+    for low, high in sorted(map(byte_bounds, leaves(batch))):
+        nbytes += max(0, high - max(low, end))
+        end = max(end, high)
+    return nbytes
 
 
 def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:

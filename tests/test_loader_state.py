@@ -114,11 +114,35 @@ def test_batches_are_the_same_with_and_without_workers(kind, drop_last, path):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("nbytes", "expected"), [(1 << 25, 910), (1, 240)], ids=["few bytes", "many bytes"])
-def test_worker_reads_several_draws_at_once_unless_they_are_large(nbytes, expected, path, monkeypatch):
-    monkeypatch.setattr(replaystore.dataset, "SENT_BYTES", nbytes)
-    assert len(next(iter(ReplayDataset(path).loader(30, num_workers=2).batch_sampler)).numbers) == expected
-    assert len(next(iter(ReplayDataset(path).loader(30).batch_sampler)).numbers) == 240
+def sizes_read(dataset, workers):
+    return [len(drawn.numbers) for drawn in dataset.loader(4, num_workers=workers).batch_sampler]
+
+
+def test_worker_reads_several_draws_at_once_but_few_at_the_ends_of_a_pass(path, monkeypatch):
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
+    found = sizes_read(ReplayDataset(path), workers=2)
+    assert sum(found) == 910
+    assert found[:4] == [8, 16, 32, 64]
+    assert found[-4:] == [8, 8, 8, 6]
+    assert max(found) > 128
+    assert set(sizes_read(ReplayDataset(path), workers=0)) == {8, 6}
+
+
+@pytest.mark.parametrize("limit", ["SENT_BYTES", "SENT_AT_ONCE"])
+def test_worker_reads_one_draw_at_once_if_it_is_large(limit, path, monkeypatch):
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
+    monkeypatch.setattr(replaystore.dataset, limit, 1)
+    assert set(sizes_read(ReplayDataset(path), workers=2)) == {8, 6}
+
+
+def test_what_a_transform_makes_counts_as_large(path, monkeypatch):
+    def wide(batch):
+        return batch | {"wide": torch.zeros(len(batch["ids"]), 1 << 16)}
+
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
+    monkeypatch.setattr(replaystore.dataset, "SENT_BYTES", 1 << 20)
+    assert max(sizes_read(ReplayDataset(path), workers=2)) > 8
+    assert set(sizes_read(ReplayDataset(path, transform=wide), workers=2)) == {8, 6}
 
 
 def test_state_is_the_same_whoever_reads(path):

@@ -152,7 +152,7 @@ class ReplaystoreLoader(Replaystore):
         if n not in self.batches:
             self.batches.clear()  # the workers of another batch size end
             self.batches[n] = self.forever(n)
-            for _ in range(4 * self.num_workers):  # what the workers had ready does not count
+            for _ in range(len(self.dataset) // n if self.num_workers else 0):  # while workers start
                 next(self.batches[n])
         return next(self.batches[n])
 
