@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from replaystore.errors import UsageError
-from replaystore.index import Places, Spacing
+from replaystore.index import Places, Spacing, Wanted
 from replaystore.orders import mixed
 from replaystore.schema import Nested, Schema
 from replaystore.windows import Batch, Items, RowTimes, Transition, new_seeds
@@ -33,9 +33,12 @@ class GoalTimes(NamedTuple):
     achieved: np.ndarray
     is_relabelled: np.ndarray
 
-    def of(self, name: str) -> np.ndarray:
-        """The times at which to read a field."""
-        return self.achieved if name == ACHIEVED else self.transitions.of(name)
+    def wanted(self, schema: Schema) -> Wanted:
+        """The times at which to read the fields."""
+        _check_schema(schema)
+        frames, (start, acted) = self.transitions.observation, self.transitions.wanted(schema)[1]
+        others = [name for name in schema.observed if name != ACHIEVED]
+        return [(self.achieved, [ACHIEVED]), (frames, others), (start, acted)]
 
 
 class Relabelled:
@@ -107,7 +110,6 @@ class Relabelled:
         self, rows: GoalTimes, arrays: Mapping[str, np.ndarray], *, schema: Schema, items: Items
     ) -> Batch:
         """Shape what was read, with the new goals and rewards."""
-        _check_schema(schema)
         goal = arrays[ACHIEVED][:, -1]
         own = {**arrays, ACHIEVED: arrays[ACHIEVED][:, :-1]}
         chosen = rows.is_relabelled

@@ -120,10 +120,7 @@ def rows_of(view: View, stream: int) -> ReadRows:
         first, last = one * episode.first_row, one * (episode.first_row + episode.length)
         places = Places(one * stream, env, one * start, first, last)
         observed, acted = np.arange(start, stop)[None], np.arange(start, min(stop, int(last[0])))[None]
-        times = {
-            field.name: observed if view.schema.is_observation(field.name) else acted
-            for field in view.schema.fields
-        }
-        return {name: array[0] for name, array in view.arrays(places, times).items()}
+        wanted = [(observed, view.schema.observed), (acted, view.schema.acted)]
+        return {name: array[0] for name, array in view.arrays(places, wanted).items()}
 
     return read

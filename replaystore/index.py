@@ -14,7 +14,7 @@ rows before are kept, so that a stack of frames does not end at the floor.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -39,6 +39,10 @@ class Places(NamedTuple):
     time: np.ndarray
     first: np.ndarray
     last: np.ndarray
+
+
+Wanted: TypeAlias = Sequence[tuple[np.ndarray, Sequence[str]]]
+"""What to read at places: times, (batch, …) int64, and the names of the fields to read there."""
 
 
 class Spacing(NamedTuple):

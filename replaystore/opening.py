@@ -131,11 +131,11 @@ class StreamOpener:
             if floor < rows:
                 one = np.array([0])
                 places = Places(one + writer.number, one + env, one + floor, one, one)
-                times = {
-                    name: np.arange(floor, head.field_rows(schema, name)[env])[None]
+                wanted = [
+                    (np.arange(floor, head.field_rows(schema, name)[env])[None], [name])
                     for name in schema.by_name
-                }
-                arrays = self._view.arrays(places, times)
+                ]
+                arrays = self._view.arrays(places, wanted)
                 rings = {name: array[0] for name, array in arrays.items()}
                 writer.refill(env, int(floor), int(rows - floor), rings)
 

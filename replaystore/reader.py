@@ -18,7 +18,7 @@ from replaystore.field import Field
 from replaystore.files import PAGE, FileState, chunk_path, major_faults, prefetch, size_of
 from replaystore.flat import FlatColumn, file_checksum
 from replaystore.head import Head
-from replaystore.index import CONTEXT, Places
+from replaystore.index import CONTEXT, Places, Wanted
 from replaystore.packed import open_shard
 from replaystore.recycler import Recycler
 from replaystore.schema import Schema
@@ -54,27 +54,28 @@ class _Rows(NamedTuple):
 
 
 class Foresight:
-    """Whether it pays to ask for pages ahead: it does while they come from disk, not from memory."""
+    """Whether it pays to ask for pages ahead: it does while they come from disk, not from memory.
 
-    def __init__(self, faults: int) -> None:
+    `waits()` is how often the process has waited for the disk so far.
+    """
+
+    def __init__(self, waits: Callable[[], int]) -> None:
         self.is_on = False
-        self._reads = self._faults = self._items = 0
-        self._before = faults
+        self._waits = waits
+        self._before = waits()
+        self._items = 0
 
-    def note(self, faults: int, items: int) -> None:
-        """After a read of so many items: how often the process has waited for the disk so far.
+    def note(self, items: int) -> None:
+        """Say that so many items were read; now and then this looks how many of them were waited for.
 
-        Asking ahead begins after a read that waited for one item in 16, and goes on as long as some
-        waiting is left: one for 64 items in 16 reads.
+        Asking ahead begins after 256 items, one in 16 of which was waited for, and goes on as long as
+        some waiting is left: for one in 64 of 4,096 items.
         """
-        faults, self._before = faults - self._before, faults
-        if not self.is_on:
-            self.is_on = faults * 16 > items
-            return
-        self._reads, self._faults, self._items = self._reads + 1, self._faults + faults, self._items + items
-        if self._reads == 16:
-            self.is_on = self._faults * 64 > self._items
-            self._reads = self._faults = self._items = 0
+        self._items += items
+        if self._items >= (4096 if self.is_on else 256):
+            waits = self._waits()
+            self.is_on = (waits - self._before) * (64 if self.is_on else 16) > self._items
+            self._before, self._items = waits, 0
 
 
 class Reader:
@@ -88,7 +89,7 @@ class Reader:
         self._width = np.zeros(0, np.int64)
         self._lowest: np.ndarray | None = None  # by stream: the first row to be read, if some were evicted
         self._flat: dict[str, FlatColumn] = {}
-        self._foresight = Foresight(major_faults())
+        self._foresight = Foresight(major_faults)
         self._recycler = Recycler()
         self._is_plain = False  # one stream of one environment: the number of a row is its time
         packed = [field for field in schema.fields if field.packed]
@@ -120,29 +121,31 @@ class Reader:
     def read(
         self,
         places: Places,
-        times: Mapping[str, np.ndarray],
+        wanted: Wanted,
         *,
         tails: Sequence[Tail] = (),
         allocate: Allocate | None = None,
     ) -> dict[str, np.ndarray]:
-        """Gather fields at times: `times[field]` (batch, …) gives (batch, …, *shape).
+        """Gather fields at times: (batch, …) gives (batch, …, *shape) of each of them.
 
         `allocate(shape, dtype)` gives the arrays to read into.
         """
-        distinct = {id(time): time for time in times.values()}
-        rows_at = {key: self._locate(places, time, tails) for key, time in distinct.items()}
+        located = [(self._locate(places, times, tails), names) for times, names in wanted]
         if self._foresight.is_on:
-            self._prefetch_flat({name: rows_at[id(time)] for name, time in times.items()})
+            self._prefetch_flat(located)
         arrays = {}
-        for name, time in times.items():
-            rows, column = rows_at[id(time)], self._flat.get(name)
-            if column is not None and allocate is None and rows.held is None and 0 < time.size <= column.few:
-                arrays[name] = column.rows.take(rows.number, 0, None, "clip")
-                continue
-            field = self._schema.by_name[name]
-            arrays[name] = (allocate or self._recycler.allocate)(time.shape + field.shape, field.dtype)
-            self._fill(arrays[name], field, rows, places.stream, tails)
-        self._foresight.note(major_faults(), len(places.time))
+        for rows, names in located:
+            size = rows.time.size if allocate is None and rows.held is None else 0
+            for name in names:
+                column = self._flat.get(name)
+                if column is not None and 0 < size <= column.few:
+                    arrays[name] = column.rows.take(rows.number, 0, None, "clip")
+                    continue
+                field = self._schema.by_name[name]
+                shape = rows.time.shape + field.shape
+                arrays[name] = (allocate or self._recycler.allocate)(shape, field.dtype)
+                self._fill(arrays[name], field, rows, places.stream, tails)
+        self._foresight.note(len(places.time))
         for packed in self._packed.values():
             packed.from_disk = self._foresight.is_on
         return arrays
@@ -155,33 +158,35 @@ class Reader:
             self._gather(field, rows, out.reshape(-1, *field.shape))
         if rows.held is not None:
             for tail in tails:
-                held = rows.held if len(tails) == 1 else _of_stream(rows.held, stream == tail.stream)
+                held = rows.held
+                if len(tails) > 1:
+                    held = held & _widened(stream == tail.stream, held)
                 ring = tail.arrays[field.name]
                 column = np.broadcast_to(rows.env, rows.time.shape)[held]
                 out[held] = ring[rows.time[held] % len(ring), column]
 
-    def _prefetch_flat(self, rows: Mapping[str, "_Rows"]) -> None:
+    def _prefetch_flat(self, located: Sequence[tuple["_Rows", Sequence[str]]]) -> None:
         """Ask for the pages of all flat fields before the first of them is read."""
         pages = []
-        for name, column in self._flat.items():
-            if name in rows and rows[name].held is None:
+        for rows, name in ((rows, name) for rows, names in located for name in names):
+            column = self._flat.get(name)
+            if column is not None and rows.held is None:
                 start, size = column.rows.ctypes.data, column.rows[:1].nbytes
-                pages += [(start + rows[name].number.ravel() * size + end) // PAGE for end in (0, size - 1)]
+                pages += [(start + rows.number.ravel() * size + end) // PAGE for end in (0, size - 1)]
         if pages:
             addresses = np.unique(np.concatenate(pages)) * PAGE
             prefetch(addresses, np.full(len(addresses), PAGE))
 
     def _locate(self, places: Places, time: np.ndarray, tails: Sequence[Tail]) -> "_Rows":
         """Find rows in the common numbering; of those that were evicted the files may be gone."""
-        wide = (...,) + (None,) * (time.ndim - 1)
-        if self._lowest is not None and (time < self._lowest[places.stream[wide]]).any():
+        if self._lowest is not None and (time < _widened(self._lowest[places.stream], time)).any():
             raise SnapshotExpired(
                 f"{self._root}: some of these rows were evicted: choose among those there are"
             )
         if self._is_plain:
             held = time >= tails[0].floor[0] if tails else None
             return _Rows(time, time, 0, 0, 1, held if held is not None and held.any() else None)
-        stream, env = places.stream[wide], places.env[wide]
+        stream, env = _widened(places.stream, time), _widened(places.env, time)
         base, width = self._base[stream], self._width[stream]
         held = np.zeros(time.shape, bool) if tails else None
         for tail in tails:
@@ -273,10 +278,9 @@ def _check_flat(
         raise CorruptionError(f"{file}: the committed rows' checksum is not {state.crc32c:08x}")
 
 
-def _of_stream(held: np.ndarray, is_here: np.ndarray) -> np.ndarray:
-    """Which of the rows held, (batch, …), are of items, (batch,), that are here."""
-    here: np.ndarray = held & is_here[(...,) + (None,) * (held.ndim - 1)]
-    return here
+def _widened(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Values of items, (batch,), such that they go with rows of these, (batch, …)."""
+    return values.reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def _elsewhere(numbers: np.ndarray, held: np.ndarray | None) -> np.ndarray:

@@ -80,9 +80,11 @@ class Uniform(Sampler):
 
     def draw(self, items: EpisodeIndex, n: int, rng: np.random.Generator) -> Draw:
         if self._epoch is None:
-            length = len(items)
+            length = float(len(items))
             numbers = (rng.random(n) * length).astype(np.int64)  # a third of the time of rng.integers
-            return Draw(numbers, np.full(n, 1 / length))
+            probabilities = np.empty(n)
+            probabilities.fill(1 / length)
+            return Draw(numbers, probabilities)
         return self._epoch.draw(items, n)
 
     def probability(self, items: EpisodeIndex, numbers: np.ndarray) -> np.ndarray:

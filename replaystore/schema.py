@@ -32,7 +32,9 @@ REQUIRED = ("observation", "action", "reward", "terminated", "truncated")
 class Schema:
     """The fields of a store's rows and the user's columns of its episodes; never changes.
 
-    `columns` maps the name of an episode column to "bool", "int64", "float64" or "string".
+    `tops` are the names of the values of a step: "observation", "action" and so on; `extra` those of the
+    user's own, beside the five of every transition. `observed` are the fields of an observation, `acted` those
+    of what was done about it. `columns` maps the name of an episode column to "bool", "int64", "float64" or "string".
     `file_rows` and `shard_chunks` say how much goes into a file of a flat and a packed field, all
     environments together.
     """
@@ -51,19 +53,13 @@ class Schema:
         self.shard_chunks = SHARD_CHUNKS if shard_chunks is None else shard_chunks
         self.by_name = {field.name: field for field in self.fields}
         self._trees = _build_trees(self.fields)
+        self.tops = tuple(self._trees)
+        self.extra = tuple(name for name in self._trees if name not in REQUIRED)
         self._names = {top: tuple(_leaves(tree)) for top, tree in self._trees.items()}
+        self.observed = self._names.get("observation", ())
+        self.acted = tuple(name for name in self.by_name if name not in self.observed)
         self.is_nested = any(isinstance(tree, dict) for tree in self._trees.values())
         self._check()
-
-    @property
-    def tops(self) -> tuple[str, ...]:
-        """Names of the values of a step: "observation", "action" and so on."""
-        return tuple(self._trees)
-
-    @property
-    def extra(self) -> tuple[str, ...]:
-        """Top names of the user's own fields, beside the five of every transition."""
-        return tuple(name for name in self._trees if name not in REQUIRED)
 
     def names(self, top: str) -> tuple[str, ...]:
         """Names of the fields at or below a top name, in order."""
@@ -96,10 +92,9 @@ class Schema:
         _flatten(self._trees[top], value, top, flat)
         return flat
 
-    def nest(self, top: str, arrays: Mapping[str, Any]) -> Any:
-        """Give the arrays of the fields below a top name the nested form of their space."""
-        tree = self._trees[top]
-        return arrays[tree] if isinstance(tree, str) else _nest(tree, arrays)
+    def nest(self, top: str, arrays: Mapping[str, Any], part: Any = None) -> Any:
+        """Give the arrays of the fields below a top name, or `array[part]`, the nested form of their space."""
+        return _nest(self._trees[top], arrays, part)
 
     def difference(self, other: "Schema") -> str | None:
         """Say in a sentence the first way in which rows of `other` differ, or None."""
@@ -223,8 +218,8 @@ def _flatten(tree: Any, value: Any, path: str, flat: dict[str, Any]) -> None:
         _flatten(child, value[part], f"{path}/{part}", flat)
 
 
-def _nest(tree: Any, arrays: Mapping[str, Any]) -> Any:
+def _nest(tree: Any, arrays: Mapping[str, Any], part: Any) -> Any:
     if isinstance(tree, str):
-        return arrays[tree]
-    parts = {part: _nest(child, arrays) for part, child in tree.items()}
-    return tuple(parts.values()) if _is_tuple(tree) else parts
+        return arrays[tree] if part is None else arrays[tree][part]
+    nested = {name: _nest(child, arrays, part) for name, child in tree.items()}
+    return tuple(nested.values()) if _is_tuple(tree) else nested

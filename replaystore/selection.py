@@ -78,11 +78,8 @@ class Selection:
             places = Places(stream, env, first, first, first + length)
             rows = first[:, None] + np.arange(length[0] + 1)
             schema = self._view.schema
-            times = {
-                field.name: rows if schema.is_observation(field.name) else rows[:, :-1]
-                for field in schema.fields
-            }
-            flat = {name: array[0] for name, array in self._view.arrays(places, times).items()}
+            wanted = [(rows, schema.observed), (rows[:, :-1], schema.acted)]
+            flat = {name: array[0] for name, array in self._view.arrays(places, wanted).items()}
             return {top: schema.nest(top, flat) for top in schema.tops}
 
     def sample(
@@ -257,9 +254,13 @@ def check_window(window: Window | None) -> Window:
     """The window, or that of plain transitions if there is none."""
     if window is None:
         return _PLAIN
-    if isinstance(window, type) or not all(hasattr(window, name) for name in ("spacing", "rows", "batch")):
+    if type(window) is not Transition and not _is_window(window):
         raise UsageError(f"window: expected a window such as Transition(), got {window!r}")
     return window
+
+
+def _is_window(value: Any) -> bool:
+    return not isinstance(value, type) and all(hasattr(value, name) for name in ("spacing", "rows", "batch"))
 
 
 def check_sampler(sampler: Sampler | None) -> Sampler:

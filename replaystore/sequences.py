@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from replaystore.errors import UsageError
-from replaystore.index import WHOLE, Places, Spacing
+from replaystore.index import WHOLE, Places, Spacing, Wanted
 from replaystore.schema import Nested, Schema
 from replaystore.windows import Items
 
@@ -60,11 +60,10 @@ class RunTimes(NamedTuple):
     seen: np.ndarray
     is_first: np.ndarray
 
-    def of(self, name: str) -> np.ndarray:
-        """The times at which to read a field."""
-        if name == "reward":
-            return self.reward
-        return self.observation if name.split("/", 1)[0] == "observation" else self.step
+    def wanted(self, schema: Schema) -> Wanted:
+        """The times at which to read the fields."""
+        others = [name for name in schema.acted if name != "reward"]
+        return [(self.observation, schema.observed), (self.reward, ["reward"]), (self.step, others)]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from replaystore.errors import CorruptionError, FormatError, LimitError, UsageEr
 from replaystore.field import Field
 from replaystore.files import make_directory, read_bytes, write_atomic
 from replaystore.head import Head
-from replaystore.index import EpisodeIndex, Places
+from replaystore.index import EpisodeIndex, Places, Wanted
 from replaystore.metadata import parse_json
 from replaystore.schema import Schema
 
@@ -80,7 +80,7 @@ class Shown(Protocol):
     def snapshot(self) -> dict[int, bytes]:
         """The heads as bytes."""
 
-    def arrays(self, places: Places, times: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def arrays(self, places: Places, wanted: Wanted) -> dict[str, np.ndarray]:
         """Fields at times."""
 
 
@@ -190,7 +190,7 @@ def _compute(view: Shown, field: Field, rows: _Rows, progress: bool) -> Stats:
         for start in _shown(range(0, rows.total, size), field.name, progress):
             places = rows.places(start, min(start + size, rows.total))
             with view.lock:
-                block = view.arrays(places, {field.name: places.time})[field.name]
+                block = view.arrays(places, [(places.time, [field.name])])[field.name]
             block = block.reshape(len(block), elements)
             low, high = chosen.searchsorted([start, start + size])
             sample[low:high] = block[chosen[low:high] - start]

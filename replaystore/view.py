@@ -12,13 +12,14 @@ import pyarrow as pa
 from replaystore.catalog import Catalog
 from replaystore.errors import ClosedError, ReplayStoreError, SnapshotExpired
 from replaystore.head import Head, encode_head
-from replaystore.index import EACH, EpisodeIndex, Places, Spacing
+from replaystore.index import EACH, EpisodeIndex, Places, Spacing, Wanted
 from replaystore.reader import Allocate, Reader, Tail
 from replaystore.schema import Schema
 from replaystore.windows import Items, Window
 from replaystore.writer import StreamWriter
 
 TRIES = 100  # to read heads and map their files before a writer evicts one of them
+ONE = np.ones(1, np.float32)  # what items weigh unless the sampler says otherwise
 MAX_INDICES = 8  # of windows other than plain transitions, kept at once
 
 
@@ -63,9 +64,10 @@ class View:
     @property
     def commits_lock(self) -> contextlib.AbstractContextManager[Any]:
         """While it is held, what is shown stays as `catch_up` left it: no writer here commits meanwhile."""
-        if len(self.writers) > 1:
-            return _all_held(self.writers.values())
-        return next((writer.lock for writer in self.writers.values()), self.lock)
+        if not self.writers:
+            return self.lock
+        writer, *others = self.writers.values()
+        return _all_held([writer, *others]) if others else writer.lock
 
     # ---- reading
 
@@ -95,16 +97,17 @@ class View:
     ) -> Any:
         """The read path: places, rows, arrays, batch."""
         rows = window.rows(places)
-        times = {field.name: rows.of(field.name) for field in self.schema.fields}
-        arrays = self._reader.read(places, times, tails=[*self._tails.values()], allocate=allocate)
+        arrays = self.arrays(places, rows.wanted(self.schema), allocate)
         if weights is None:
-            weights = np.ones(len(places.time), np.float32)
+            weights = ONE.repeat(len(places.time))
         items = Items(self._catalog.index.ids(places), weights, places)
         return window.batch(rows, arrays, schema=self.schema, items=items)
 
-    def arrays(self, places: Places, times: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def arrays(
+        self, places: Places, wanted: Wanted, allocate: Allocate | None = None
+    ) -> dict[str, np.ndarray]:
         """Fields at times, `(batch, …)` each."""
-        return self._reader.read(places, times, tails=[*self._tails.values()])
+        return self._reader.read(places, wanted, tails=[*self._tails.values()], allocate=allocate)
 
     def close(self) -> None:
         """Let the files go; nothing can be read any more."""

@@ -13,8 +13,11 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import numpy as np
 
 from replaystore.errors import UsageError
-from replaystore.index import EACH, Places, Spacing
+from replaystore.index import EACH, Places, Spacing, Wanted
 from replaystore.schema import Nested, Schema
+
+ALL = slice(None)
+FLAGS = ("terminated", "truncated")
 
 
 class Batch(NamedTuple):
@@ -41,8 +44,8 @@ class Batch(NamedTuple):
 class Times(Protocol):
     """The rows to read for a batch of some window."""
 
-    def of(self, name: str) -> np.ndarray:
-        """The times at which to read a field, (batch, …), int64."""
+    def wanted(self, schema: Schema) -> Wanted:
+        """The times at which to read the fields."""
 
 
 class Items(NamedTuple):
@@ -100,13 +103,17 @@ class RowTimes(NamedTuple):
     end: np.ndarray
     steps: np.ndarray | None
 
-    def of(self, name: str) -> np.ndarray:
-        """The times at which to read a field."""
-        if name == "reward":
-            return self.reward
-        if name in ("terminated", "truncated"):
-            return self.end
-        return self.observation if name.split("/", 1)[0] == "observation" else self.start
+    def wanted(self, schema: Schema) -> Wanted:
+        """The times at which to read the fields."""
+        if self.steps is None:
+            return [(self.observation, schema.observed), (self.start, schema.acted)]
+        first = [name for name in schema.acted if name != "reward" and name not in FLAGS]
+        return [
+            (self.observation, schema.observed),
+            (self.start, first),
+            (self.reward, ["reward"]),
+            (self.end, FLAGS),
+        ]
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,12 @@ class Transition:
         return np.arange(1 - self.frame_stack, 2)
 
     @cached_property
+    def _views(self) -> tuple[Any, Any]:
+        """Where the two observations are among the frames that were read."""
+        stack = self.frame_stack
+        return (ALL, slice(0, stack) if stack > 1 else 0), (ALL, slice(-stack, None) if stack > 1 else -1)
+
+    @cached_property
     def _worth(self) -> np.ndarray:
         """Of the next observation, if a single step did not terminate and if it did."""
         return np.array([self.gamma, 0.0])
@@ -173,15 +186,12 @@ class Transition:
         if rows.before is not None:
             _pad(rows.before, arrays, schema)
         reward, discount = self._returns(rows, arrays["reward"], arrays["terminated"])
-        stack = self.frame_stack
-        now = slice(0, stack) if stack > 1 else 0
-        after = slice(-stack, None) if stack > 1 else -1
-        observations = schema.names("observation")
+        now, after = self._views
         return Batch(
-            observation=schema.nest("observation", {n: arrays[n][:, now] for n in observations}),
+            observation=schema.nest("observation", arrays, now),
             action=schema.nest("action", arrays),
             reward=reward,
-            next_observation=schema.nest("observation", {n: arrays[n][:, after] for n in observations}),
+            next_observation=schema.nest("observation", arrays, after),
             terminated=arrays["terminated"],
             truncated=arrays["truncated"],
             discount=discount,

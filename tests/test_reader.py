@@ -13,15 +13,17 @@ from replaystore.reader import Foresight
 
 
 def test_asking_ahead_begins_when_reads_wait_for_the_disk_and_ends_when_none_does():
-    foresight = Foresight(1000)
-    for faults, is_on in [(1000, False), (1001, False), (1018, True)]:
-        foresight.note(faults, 256)
+    waits = [1000]
+    foresight = Foresight(lambda: waits[0])
+    for waits[0], is_on in [(1000, False), (1001, False), (1018, True)]:
+        for _ in range(8):
+            foresight.note(32)
         assert foresight.is_on == is_on
-    for faults in range(1018, 1518, 5):
-        foresight.note(faults, 256)
+    for waits[0] in range(1018, 1518, 5):
+        foresight.note(256)
         assert foresight.is_on
     for _ in range(32):
-        foresight.note(1513, 256)
+        foresight.note(256)
     assert not foresight.is_on
 
 
