@@ -17,7 +17,7 @@ import torch
 from replaystore.batches import Batches
 from replaystore.errors import UsageError
 from replaystore.goals import Relabelled
-from replaystore.handover import map_leaves, memory_of
+from replaystore.handover import map_leaves
 from replaystore.index import EpisodeIndex
 from replaystore.loader import Collated, Loadable, Loader, Tensors
 from replaystore.reader import Allocate
@@ -27,8 +27,6 @@ from replaystore.store import CACHE_BYTES, ReplayStore
 from replaystore.windows import Transition, Window, takes_seeds
 
 READ_AT_ONCE = 256  # items of the batches that are drawn and read together
-SENT_AT_ONCE = 1024  # that are read so in a worker, as a message costs what 20 items do
-SENT_BYTES = 1 << 26  # but no more than this, if that is not less than are drawn together
 
 
 class ReplayDataset(Loadable):
@@ -81,12 +79,14 @@ class ReplayDataset(Loadable):
             self._store.close()
         self._store = self._selection = None
 
-    def reserve(self, rows: int) -> None:
-        """Keep so many decoded rows in memory, or more."""
-        nbytes = rows * sum(field.row_nbytes for field in self.store.schema.fields if field.packed)
-        if nbytes > self._cache_bytes:
-            self._cache_bytes = nbytes
-            self.close()
+    def reserve(self, sampler: Sampler | None) -> None:
+        """Keep as many decoded rows in memory as a sampler comes back to."""
+        if isinstance(sampler, Shuffled):
+            packed = [field.row_nbytes for field in self.store.schema.fields if field.packed]
+            nbytes = 2 * sampler.pool * sum(packed)
+            if nbytes > self._cache_bytes:
+                self._cache_bytes = nbytes
+                self.close()
 
     @property
     def commit(self) -> int:
@@ -124,7 +124,7 @@ class ReplayDataset(Loadable):
 
     @property
     def together(self) -> int:
-        """How many items the batches that are read together have."""
+        """How many items the batches that are drawn and read together have."""
         return READ_AT_ONCE if isinstance(self.window, Transition | Relabelled) else 1
 
     def check_has_items(self) -> None:
@@ -208,15 +208,14 @@ class ReplayDataset(Loadable):
         """
         if sampler is None and not shuffle:
             sampler = InOrder()
-        if isinstance(sampler, Shuffled):
-            self.reserve(2 * sampler.pool)
+        self.reserve(sampler)
         batches = self._draws(
             batch_size,
             sampler,
             seed=seed,
             drop_last=drop_last,
             together=self.together,
-            at_once=self._sent_at_once() if num_workers and len(self) else 1,
+            at_once=self.sent_at_once() if num_workers else 1,
         )
         return Loader(
             self,
@@ -250,12 +249,6 @@ class ReplayDataset(Loadable):
             together=together,
             at_once=at_once,
         )
-
-    def _sent_at_once(self) -> int:
-        """How many items of small batches a worker reads at once."""
-        if self.together == 1:
-            return 1
-        return min(SENT_AT_ONCE, SENT_BYTES // memory_of(self.read(np.zeros(1, np.int64))))
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_store": None, "_selection": None}

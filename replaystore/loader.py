@@ -12,8 +12,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from replaystore.batches import Batches, Drawn
 from replaystore.errors import UsageError
-from replaystore.handover import Inbox, Outbox, Parcel, map_leaves
+from replaystore.handover import Inbox, Outbox, Parcel, map_leaves, memory_of
 from replaystore.reader import Allocate
+
+SENT_AT_ONCE = 1024  # items that a worker reads at once, as a message costs what 20 of them do
+SENT_BYTES = 1 << 26  # but no more than this, if that is not less than are drawn together
 
 Tensors = dict[str, Any]
 
@@ -51,6 +54,11 @@ class Loadable(Dataset[Tensors], abc.ABC):
     def commit(self) -> int:
         """A checksum of the commit that the dataset shows, to tell it from others."""
 
+    @property
+    @abc.abstractmethod
+    def together(self) -> int:
+        """How many items the batches that are drawn and read together have."""
+
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
@@ -84,6 +92,12 @@ class Loadable(Dataset[Tensors], abc.ABC):
         parcel = self._outbox.begin()
         arrays = self.read(*drawn[:3], parcel.allocate)
         return Items(arrays, parcel.filled(arrays))
+
+    def sent_at_once(self) -> int:
+        """How many items of small batches a worker reads at once."""
+        if self.together == 1 or not len(self):
+            return 1
+        return min(SENT_AT_ONCE, SENT_BYTES // memory_of(self.read(np.zeros(1, np.int64))))
 
     def batch(self, numbers: np.ndarray) -> Tensors:
         """Read items by number, as one dict of tensors with the batch first."""

@@ -26,7 +26,7 @@ from replaystore.mixtures import (
     split,
 )
 from replaystore.reader import Allocate
-from replaystore.samplers import Draw, Sampler, Shuffled, Uniform
+from replaystore.samplers import Draw, Sampler, Uniform
 from replaystore.selection import check_sampler
 
 
@@ -73,6 +73,11 @@ class MixedDataset(Loadable):
     def takes_seeds(self) -> bool:
         """Whether an item may be read with a seed."""
         return any(dataset.takes_seeds for dataset in self._datasets)
+
+    @property
+    def together(self) -> int:
+        """How many items the batches that are drawn and read together have."""
+        return min(dataset.together for dataset in self._datasets)
 
     def state_dict(self) -> dict[str, Any]:
         """The commits that the datasets show; torchdata brings them to the workers."""
@@ -128,6 +133,7 @@ class MixedDataset(Loadable):
         samplers: Sequence[Sampler] | None = None,
         seed: int | None = None,
         drop_last: bool = False,
+        num_workers: int = 0,
         read_ahead: bool = False,
         **kwargs: Any,
     ) -> Loader:
@@ -137,12 +143,19 @@ class MixedDataset(Loadable):
         those of a dataset come in a random order, none twice before each has come once. The
         rest is as for `ReplayDataset.loader`.
         """
-        together = min(dataset.together for dataset in self._datasets)
-        batches = self._draws(batch_size, samplers, seed=seed, drop_last=drop_last, together=together)
+        batches = self._draws(
+            batch_size,
+            samplers,
+            seed=seed,
+            drop_last=drop_last,
+            together=self.together,
+            at_once=self.sent_at_once() if num_workers else 1,
+        )
         for dataset, sampler in zip(self._datasets, samplers or (), strict=False):
-            if isinstance(sampler, Shuffled):
-                dataset.reserve(2 * sampler.pool)
-        return Loader(self, batches, read_ahead=read_ahead, collate_fn=Collated(), **kwargs)
+            dataset.reserve(sampler)
+        return Loader(
+            self, batches, read_ahead=read_ahead, num_workers=num_workers, collate_fn=Collated(), **kwargs
+        )
 
     def _draws(
         self,
@@ -152,6 +165,7 @@ class MixedDataset(Loadable):
         seed: int | None,
         drop_last: bool,
         together: int | None,
+        at_once: int = 1,
     ) -> Batches:
         for dataset in self._datasets:
             dataset.check_has_items()
@@ -159,7 +173,15 @@ class MixedDataset(Loadable):
         if len(samplers) != len(self._datasets):
             raise UsageError(f"samplers: expected {len(self._datasets)}, got {len(samplers)}")
         sampler = FromEach([check_sampler(sampler) for sampler in samplers], self._shares)
-        return Batches(self, batch_size, sampler=sampler, seed=seed, drop_last=drop_last, together=together)
+        return Batches(
+            self,
+            batch_size,
+            sampler=sampler,
+            seed=seed,
+            drop_last=drop_last,
+            together=together,
+            at_once=at_once,
+        )
 
     def _in_passes(self, seed: int | None) -> list[Sampler]:
         """A sampler without replacement for each dataset, each with a seed of its own."""

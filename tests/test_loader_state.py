@@ -11,6 +11,7 @@ from growing import Actors, add_stream, schema
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import replaystore.dataset
+import replaystore.loader
 from replaystore import Field, ReplayStore, Schema, Transition, UsageError
 from replaystore.dataset import ReplayDataset
 from replaystore.mixtures import Mixed, Stratified
@@ -131,7 +132,7 @@ def test_worker_reads_several_draws_at_once_but_few_at_the_ends_of_a_pass(path, 
 @pytest.mark.parametrize("limit", ["SENT_BYTES", "SENT_AT_ONCE"])
 def test_worker_reads_one_draw_at_once_if_it_is_large(limit, path, monkeypatch):
     monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
-    monkeypatch.setattr(replaystore.dataset, limit, 1)
+    monkeypatch.setattr(replaystore.loader, limit, 1)
     assert set(sizes_read(ReplayDataset(path), workers=2)) == {8, 6}
 
 
@@ -140,7 +141,7 @@ def test_what_a_transform_makes_counts_as_large(path, monkeypatch):
         return batch | {"wide": torch.zeros(len(batch["ids"]), 1 << 16)}
 
     monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
-    monkeypatch.setattr(replaystore.dataset, "SENT_BYTES", 1 << 20)
+    monkeypatch.setattr(replaystore.loader, "SENT_BYTES", 1 << 20)
     assert max(sizes_read(ReplayDataset(path), workers=2)) > 8
     assert set(sizes_read(ReplayDataset(path, transform=wide), workers=2)) == {8, 6}
 
