@@ -10,15 +10,19 @@ flag     one byte, 1 while a batch is in the slot: the worker sets it, and whoev
          clears it, when the last tensor over the slot is gone
 array    at a multiple of 64 bytes, the first at 64
 
-A batch that is kept keeps its slot; the worker then makes another one.
+A batch that is kept keeps its slot; the worker then makes another one. The memory is an anonymous file's,
+which no limit on `/dev/shm` applies to: containers mostly have 64 MB there.
 """
 
 import itertools
 import math
+import mmap
 import os
+import tempfile
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 import numpy as np
@@ -39,12 +43,21 @@ class Place:
 
 
 class Slot:
-    """Shared memory that holds one batch at a time."""
+    """Shared memory that holds one batch at a time: `nbytes` of a file, open as `descriptor`."""
 
-    def __init__(self, memory: torch.Tensor) -> None:
-        self.memory = memory
-        self.is_known = False  # to the process that receives
-        self._bytes = memory.numpy()
+    def __init__(self, descriptor: int, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor).atexit = False
+        self._is_known = False  # to the process that receives
+        self._bytes = np.frombuffer(mmap.mmap(descriptor, nbytes), np.uint8)
+
+    def to_send(self) -> tuple[Any, int] | None:
+        """The file, for a process that does not have it yet."""
+        if self._is_known:
+            return None
+        self._is_known = True
+        return DupFd(self._descriptor), self.nbytes
 
     @property
     def is_free(self) -> bool:
@@ -82,10 +95,9 @@ class Outbox:
 
     def _free_slot(self) -> tuple[int, Slot]:
         for number, slot in enumerate(self._slots):
-            if slot.is_free and len(slot.memory) >= self._nbytes:
+            if slot.is_free and slot.nbytes >= self._nbytes:
                 return number, slot
-        storage = torch.UntypedStorage._new_shared(self._nbytes)  # type: ignore[no-untyped-call]
-        self._slots.append(Slot(torch.empty(0, dtype=torch.uint8).set_(storage)))
+        self._slots.append(Slot(_shared_file(self._nbytes), self._nbytes))
         return len(self._slots) - 1, self._slots[-1]
 
 
@@ -132,9 +144,7 @@ class Parcel:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         self._finalizer.detach()  # whoever receives it frees the slot
-        memory = None if self._slot.is_known else self._slot.memory
-        self._slot.is_known = True
-        return _received, (self.inbox, os.getpid(), self._number, memory, self._places)
+        return _received, (self.inbox, os.getpid(), self._number, self._slot.to_send(), self._places)
 
 
 class Inbox:
@@ -164,11 +174,23 @@ _numbers = itertools.count(1)
 _inboxes: "weakref.WeakValueDictionary[int, Inbox]" = weakref.WeakValueDictionary()
 
 
-def _received(inbox: int, worker: int, number: int, memory: torch.Tensor | None, places: Any) -> Any:
+def _received(inbox: int, worker: int, number: int, sent: tuple[Any, int] | None, places: Any) -> Any:
     """What a parcel becomes: nested dicts and tuples of tensors over the slot."""
-    if memory is not None:
-        _inboxes[inbox].add(worker, number, Slot(memory))
+    if sent is not None:
+        file, nbytes = sent
+        _inboxes[inbox].add(worker, number, Slot(file.detach(), nbytes))
     return _inboxes[inbox].tensors(worker, number, places)
+
+
+def _shared_file(nbytes: int) -> int:
+    """A file without a name, in memory where the system has such files."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("replaystore")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, nbytes)
+    return descriptor
 
 
 def _is_alive(process: int) -> bool:

@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +87,24 @@ def test_parcel_that_is_never_sent_frees_its_slot():
         outbox.begin()
     gc.collect()
     assert len(outbox._slots) == 1
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "memfd_create"), reason="a Linux call; elsewhere slots are temporary files"
+)
+def test_slots_have_no_place_in_dev_shm_and_their_files_close_with_them():
+    def files():
+        return [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+
+    before = sorted(files())
+    outbox, inbox = Outbox(), Inbox()
+    tensors = send(outbox, inbox, batch_of(1))
+    new = [name for name in files() if name not in before and not name.startswith("socket")]
+    assert new
+    assert all(name.startswith("/memfd:replaystore") for name in new)
+    del outbox, inbox, tensors
+    gc.collect()
+    assert not [name for name in files() if "memfd" in name]
 
 
 def test_forked_process_frees_no_slot_of_its_parent():
