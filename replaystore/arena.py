@@ -247,7 +247,8 @@ class PackedColumn:
         path = chunk_path(stream_path(self._root, stream) / name, number, 2 + len(self._field.shape))
         while True:
             try:
-                return open_shard(path, head.files[name][number], int(self._shard_chunks[place]))
+                chunks = int(self._shard_chunks[place])
+                return open_shard(path, head.files[name][number], chunks, head.num_envs)
             except CorruptionError:
                 newest = self._newest_head(stream)
                 if newest.commit <= head.commit:

@@ -77,7 +77,7 @@ class StreamCommitter:
             rows = head.field_rows(schema, field.name)
             if field.packed:
                 chunks = schema.env_chunks(self._num_envs) * self._num_envs
-                packed = PackedWriter(path / field.name, field, chunks=chunks)
+                packed = PackedWriter(path / field.name, field, chunks=chunks, num_envs=self._num_envs)
                 full = int(rows.min()) // schema.shard_rows(field, self._num_envs)
                 states = head.files[field.name].values()
                 packed.resume(state for state in states if state.number >= full - 1)
@@ -99,7 +99,7 @@ class StreamCommitter:
         """
         changed = {
             name: [
-                state.file(number)
+                state.file(number, self._num_envs)
                 for number, state in writer.shards.items()
                 if state.nbytes != self.head.files[name][number].nbytes
             ]

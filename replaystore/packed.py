@@ -12,8 +12,8 @@ A commit appends the chunks that changed and a fresh index behind the last one, 
 end is a valid index at every commit and nothing committed is written over. A shard that is full,
 or holds more dead bytes than live ones, is repacked: replaced by a file of its live chunks alone.
 A reader that knows the committed length looks for the index there, or, if the shard was repacked
-since, at the file's end. The checksum of a shard covers what repacking keeps: the encoded sizes
-of its chunks, and the checksums of the first and last.
+since, at the file's end. The checksum of a shard covers what repacking keeps, and whatever a commit can
+change: the encoded sizes of its chunks, and the checksums of the first and of each environment's last.
 """
 
 from collections.abc import Iterable
@@ -53,14 +53,21 @@ class ShardState:
         sizes = self.index[self.index[:, 1] != ABSENT, 1]
         return int(sizes.sum()) + _index_nbytes(len(self.index))
 
-    def file(self, number: int) -> FileState:
-        present = np.flatnonzero(self.index[:, 1] != ABSENT)
-        ends = self.checksums[present[[0, -1]]]
+    def file(self, number: int, num_envs: int) -> FileState:
+        ends = self.checksums[_ends(self.index, num_envs)]
         return FileState(number, self.nbytes, _identity(self.index, ends))
 
 
 def _index_nbytes(chunks: int) -> int:
     return 16 * chunks + 4
+
+
+def _ends(index: np.ndarray, num_envs: int) -> np.ndarray:
+    """The first chunk that is there, and each environment's last: all others are full."""
+    numbers = np.arange(len(index)).reshape(-1, num_envs)
+    present = np.where((index[:, 1] != ABSENT).reshape(-1, num_envs), numbers, -1)
+    last = np.sort(present.max(axis=0))
+    return np.concatenate([[present[present >= 0].min()], last[last >= 0]])
 
 
 def _identity(index: np.ndarray, ends: np.ndarray) -> int:
@@ -100,26 +107,30 @@ class Shard:
     index: np.ndarray
 
 
-def open_shard(path: Path, state: FileState, chunks: int) -> Shard:
+def open_shard(path: Path, state: FileState, chunks: int, num_envs: int) -> Shard:
     """Map a shard and find the index that a commit speaks of.
 
     Raises `CorruptionError` if the file is missing, shorter than committed without having been
     repacked, damaged in its index, or another shard than the one that was committed.
     """
-    return Shard(path, *find_index(path, map_whole(path), state, chunks))
+    return Shard(path, *find_index(path, map_whole(path), state, chunks, num_envs))
 
 
-def find_index(path: Path, whole: np.ndarray, state: FileState, chunks: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes of a shard as of a commit, and its index; see `open_shard`."""
+def find_index(
+    path: Path, whole: np.ndarray, state: FileState, chunks: int, num_envs: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of a shard as of a commit, and its index; see `open_shard`.
+
+    The checksums of earlier stores cover but the shard's first and last chunk.
+    """
     for data in (whole[: state.nbytes], whole):
         index = read_index(data, chunks)
         if index is None:
             continue
-        present = index[index[:, 1] != ABSENT]
-        if not len(present):
+        if (index[:, 1] == ABSENT).all():
             continue
-        ends = np.array([_chunk_checksum(data, entry) for entry in present[[0, -1]]])
-        if _identity(index, ends) == state.crc32c:
+        ends = np.array([_chunk_checksum(data, entry) for entry in index[_ends(index, num_envs)]])
+        if state.crc32c in (_identity(index, ends), _identity(index, ends[[0, -1]])):
             return data, index
     raise CorruptionError(
         f"{path}: expected the shard committed with {state.nbytes} bytes, found {len(whole)} bytes"
@@ -130,9 +141,10 @@ def find_index(path: Path, whole: np.ndarray, state: FileState, chunks: int) -> 
 class PackedWriter:
     """Appends encoded chunks to one packed array of a stream."""
 
-    def __init__(self, path: Path, field: Field, *, chunks: int) -> None:
+    def __init__(self, path: Path, field: Field, *, chunks: int, num_envs: int) -> None:
         """`chunks` are those of a shard, all environments together."""
         self.field = field
+        self.num_envs = num_envs
         self.shards: dict[int, ShardState] = {}
         self.chunks = chunks
         self._path = path
@@ -142,7 +154,7 @@ class PackedWriter:
     def resume(self, states: Iterable[FileState]) -> None:
         """Take up the open shards of an earlier writer; what it wrote after its commit is cut off."""
         for state in states:
-            shard = open_shard(self.shard_path(state.number), state, self.chunks)
+            shard = open_shard(self.shard_path(state.number), state, self.chunks, self.num_envs)
             index = shard.index.copy()
             checksums = np.zeros(self.chunks, np.uint32)
             for i in np.flatnonzero(index[:, 1] != ABSENT):
@@ -162,7 +174,7 @@ class PackedWriter:
             by_shard.setdefault(number // self.chunks, {})[number % self.chunks] = data
         for number, chunks in by_shard.items():
             states[number] = self._append(number, chunks)
-        return states, [state.file(number) for number, state in states.items()]
+        return states, [state.file(number, self.num_envs) for number, state in states.items()]
 
     def _append(self, number: int, chunks: dict[int, bytes]) -> ShardState:
         old = self.shards.get(number)
@@ -195,7 +207,7 @@ class PackedWriter:
         blob = b"".join([*parts, _encode_index(index)])
         write_atomic(path, blob)
         self.shards[number] = ShardState(len(blob), index, state.checksums)
-        return self.shards[number].file(number)
+        return self.shards[number].file(number, self.num_envs)
 
     def seal(self, number: int) -> None:
         """Forget a shard that is full and repacked: nothing is written to it again."""

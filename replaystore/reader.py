@@ -263,7 +263,8 @@ def check_files(path: Path, head: Head, schema: Schema) -> None:
             if not field.packed:
                 _check_flat(file, field, size, rows - number * size, state, growing)
             elif growing:
-                open_shard(file, state, schema.env_chunks(head.num_envs) * head.num_envs)
+                chunks = schema.env_chunks(head.num_envs) * head.num_envs
+                open_shard(file, state, chunks, head.num_envs)
             elif size_of(file) == 0:
                 raise CorruptionError(f"{file}: expected a shard, found an empty file")
 

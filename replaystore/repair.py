@@ -283,7 +283,8 @@ class _Rows:
         chunks = self._schema.env_chunks(num_envs)
         path = chunk_path(self._path / field.name, number, 2 + len(field.shape))
         whole = np.frombuffer(read_bytes(path, MAX_SHARD_BYTES), np.uint8)
-        data, index = find_index(path, whole, self._head.files[field.name][number], chunks * num_envs)
+        state = self._head.files[field.name][number]
+        data, index = find_index(path, whole, state, chunks * num_envs, num_envs)
         cells = np.zeros((chunks, num_envs, rows, *field.shape), field.dtype)
         codec = ChunkCodec(field)
         for i, (offset, nbytes) in enumerate(index.tolist()):

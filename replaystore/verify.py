@@ -309,7 +309,8 @@ def _packed_file(
     file = chunk_path(path / field.name, number, 2 + len(field.shape))
     start, rows = number * env_chunks * size, head.field_rows(schema, field.name)
     try:
-        data, index = find_index(file, map_whole(file), head.files[field.name][number], env_chunks * num_envs)
+        state, chunks = head.files[field.name][number], env_chunks * num_envs
+        data, index = find_index(file, map_whole(file), state, chunks, num_envs)
     except (ReplayStoreError, OSError) as error:
         stop = min(start + env_chunks * size, int(rows.max()))
         yield Finding(file, str(error), stream, field.name, None, start, stop)

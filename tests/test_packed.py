@@ -40,7 +40,7 @@ class Packed:
 
     def __init__(self, path):
         self.path = path
-        self.writer = PackedWriter(path, FIELD, chunks=CHUNKS)
+        self.writer = PackedWriter(path, FIELD, chunks=CHUNKS, num_envs=1)
         self.states = {}
         self.chunks = {}
 
@@ -55,14 +55,14 @@ class Packed:
         self.states[number] = self.writer.repack(number)
 
     def resume(self):
-        self.writer = PackedWriter(self.path, FIELD, chunks=CHUNKS)
+        self.writer = PackedWriter(self.path, FIELD, chunks=CHUNKS, num_envs=1)
         self.writer.resume(self.states.values())
 
     def check(self, states=None, chunks=None):
         """Compare the shards as of a commit, by default the last."""
         states, chunks = states or self.states, chunks or self.chunks
         for number, state in states.items():
-            shard = open_shard(self.writer.shard_path(number), state, CHUNKS)
+            shard = open_shard(self.writer.shard_path(number), state, CHUNKS, 1)
             found = [chunk_of(shard, i) for i in range(CHUNKS)]
             values = [chunks.get(number * CHUNKS + i) for i in range(CHUNKS)]
             assert found == [None if value is None else encoded(value) for value in values]
@@ -150,7 +150,7 @@ def test_an_open_map_outlives_repacking(tmp_path):
     packed = Packed(tmp_path)
     packed.write({0: "noise"})
     packed.write({0: 5, 1: 6})
-    shard = open_shard(packed.writer.shard_path(0), packed.states[0], CHUNKS)
+    shard = open_shard(packed.writer.shard_path(0), packed.states[0], CHUNKS, 1)
     packed.repack(0)
     packed.write({1: 7})
     assert chunk_of(shard, 0) == encoded(5)
@@ -193,7 +193,7 @@ def test_a_shard_that_is_not_the_one_committed_is_refused(tmp_path, wrong):
     else:
         path.write_bytes(data)
     with pytest.raises(CorruptionError, match=f"^{path}: "):
-        open_shard(path, packed.states[0], CHUNKS)
+        open_shard(path, packed.states[0], CHUNKS, 1)
 
 
 @pytest.mark.parametrize("kind", ["directory", "link", "pipe"])
@@ -209,7 +209,7 @@ def test_what_is_no_regular_file_is_no_shard(tmp_path, kind):
     else:
         os.mkfifo(path)
     with pytest.raises(CorruptionError, match=f"^{path}: expected a regular file"):
-        open_shard(path, packed.states[0], CHUNKS)
+        open_shard(path, packed.states[0], CHUNKS, 1)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_shard_without_a_chunk_is_refused(tmp_path):
     raw = b"\xff" * 16 * CHUNKS
     (tmp_path / "x").write_bytes(raw + crc32c(raw).to_bytes(4, "little"))
     with pytest.raises(CorruptionError):
-        open_shard(tmp_path / "x", FileState(0, len(raw) + 4, 0), CHUNKS)
+        open_shard(tmp_path / "x", FileState(0, len(raw) + 4, 0), CHUNKS, 1)
 
 
 # ---- in a store

@@ -105,3 +105,37 @@ def test_what_is_read_is_the_same_without_compiled_code(codec, num_envs, tmp_pat
         again = store.read(numbers, window)
     for one, other in zip(batch[:8], again[:8], strict=True):
         assert np.array_equal(one, other)
+
+
+def test_a_chunk_that_fills_up_between_others_is_seen_after_refresh(tmp_path):
+    """Of one environment, while the other's are there: the shard keeps its length and sizes when repacked."""
+    values, rows, no = [1, 2, 3, 4, 5], 16, np.zeros(2, bool)
+    fields = [Field("observation", (), "int32", codec="blosc-lz4hc-5", chunk_rows=rows // 2)]
+    fields += [Field("action", (), "int64"), Field("reward", (), "float64")]
+    fields += [Field(name, (), "bool") for name in ("terminated", "truncated")]
+
+    def observed(t):
+        return np.full(2, values[t % len(values)], "int32")
+
+    with ReplayStore.create(tmp_path / "store", Schema(fields, shard_chunks=4), 2) as store:
+
+        def step(t, *, mask):
+            store.step(np.full(2, t), observed(t), np.zeros(2), no, no, mask=np.array(mask))
+
+        store.reset(observed(0))
+        for t in range(1, rows - 1):
+            step(t, mask=[True, True])
+        step(rows - 1, mask=[False, True])
+        store.flush()
+        with ReplayStore.open(tmp_path / "store") as reader:
+            reader.read(np.arange(len(reader)))
+            before = reader.snapshot
+            step(rows - 1, mask=[True, False])
+            for t in range(rows, rows + 3):
+                step(t, mask=[True, True])
+            store.flush()
+            with ReplayStore.open(tmp_path / "store", heads=before) as behind:
+                assert behind.episode(0)["observation"].tolist() == [values[t % 5] for t in range(rows - 1)]
+            reader.refresh()
+            expected = [values[t % 5] for t in range(rows + 3)]
+            assert [reader.episode(env)["observation"].tolist() for env in range(2)] == [expected] * 2
