@@ -277,6 +277,14 @@ def test_an_unknown_codec_is_refused_with_the_choices(codec):
         Field("x", (100, 100), "uint8", codec=codec)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "chunk_rows"), [((), "uint8", 4), ((3,), "uint8", 2), ((), "float32", 1)]
+)
+def test_a_chunk_of_a_few_bytes_is_refused(shape, dtype, chunk_rows):
+    with pytest.raises(SchemaError, match=r"field 'x': expected chunks of 8 bytes or more, . rows have [46]"):
+        Field("x", shape, dtype, codec="blosc-lz4-5", chunk_rows=chunk_rows)
+
+
 @pytest.mark.parametrize("chunk_rows", [0, -1, 3, 1.0, True, "8", 8192, 2**40])
 def test_a_chunk_of_no_power_of_two_is_refused(chunk_rows):
     with pytest.raises(SchemaError, match=r"field 'x': expected chunk_rows a power of two.*, got"):
