@@ -138,7 +138,17 @@ class Batches(TorchSampler[Any]):
     def _draw(self) -> Drawn | None:
         """What comes next, of one or several draws."""
         with self._lock:
-            draws = [drawn for _ in range(self._draws_now()) if (drawn := self._draw_once()) is not None]
+            draws: list[Drawn] = []
+            for _ in range(self._draws_now()):
+                try:
+                    drawn = self._draw_once()
+                except UsageError:
+                    if not draws:
+                        raise
+                    break  # after what was drawn before; the next call meets the error again
+                if drawn is None:
+                    break
+                draws.append(drawn)
             if not draws:
                 return None
             drawn = draws[0] if len(draws) == 1 else _joined(draws)

@@ -17,7 +17,7 @@ import torch
 from replaystore.batches import Batches
 from replaystore.errors import UsageError
 from replaystore.goals import Relabelled
-from replaystore.handover import map_leaves
+from replaystore.handover import leaves, map_leaves, memory_of
 from replaystore.index import EpisodeIndex
 from replaystore.loader import Collated, Loadable, Loader, Tensors
 from replaystore.reader import Allocate
@@ -127,6 +127,13 @@ class ReplayDataset(Loadable):
         """How many items the batches that are drawn and read together have."""
         return READ_AT_ONCE if isinstance(self.window, Transition | Relabelled) else 1
 
+    @property
+    def item_nbytes(self) -> int:
+        """Bytes of memory that an item may take; a transform is taken to make floats of bytes."""
+        one = np.zeros(1, np.int64)
+        window = self.window.seeded(one) if takes_seeds(self.window) else self.window
+        return memory_of(self.selection.read(one, window)) * (1 if self._transform is None else 4)
+
     def check_has_items(self) -> None:
         """Raise `UsageError` if there is nothing to load."""
         if not len(self):
@@ -163,11 +170,7 @@ class ReplayDataset(Loadable):
         arrays = _named(self.selection.read(numbers, window, weights=weights, allocate=allocate))
         if self._transform is None:
             return arrays
-        batch = self._transform(map_leaves(arrays, torch.from_numpy))
-        if not isinstance(batch, dict) or "ids" not in batch:
-            raise UsageError(f"transform: expected it to return the dict of tensors, got {type(batch)}")
-        named: dict[str, Any] = map_leaves(batch, torch.Tensor.numpy)
-        return named
+        return _transformed(self._transform(map_leaves(arrays, torch.from_numpy)), len(numbers))
 
     def batches(
         self,
@@ -259,6 +262,21 @@ def _fingerprint(heads: dict[int, bytes]) -> int:
     for stream, head in sorted(heads.items()):
         checksum = zlib.crc32(head, zlib.crc32(str(stream).encode(), checksum))
     return checksum
+
+
+def _transformed(batch: Any, items: int) -> dict[str, Any]:
+    """What a transform gave, as arrays."""
+    if not isinstance(batch, dict) or "ids" not in batch:
+        raise UsageError(f"transform: expected it to return the dict of tensors, got {type(batch)}")
+    for leaf in leaves(batch):
+        if not isinstance(leaf, torch.Tensor) or leaf.shape[:1] != (items,):
+            got = f"one of shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else type(leaf)
+            raise UsageError(f"transform: expected tensors of {items} items, as it was given, got {got}")
+    try:
+        arrays: dict[str, Any] = map_leaves(batch, torch.Tensor.numpy)
+    except (TypeError, RuntimeError) as error:
+        raise UsageError(f"transform: expected tensors that numpy can hold: {error}") from error
+    return arrays
 
 
 def _named(batch: Any) -> dict[str, Any]:

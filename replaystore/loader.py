@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from replaystore.batches import Batches, Drawn
 from replaystore.errors import UsageError
-from replaystore.handover import Inbox, Outbox, Parcel, map_leaves, memory_of
+from replaystore.handover import Inbox, Outbox, Parcel, map_leaves
 from replaystore.reader import Allocate
 
 SENT_AT_ONCE = 1024  # items that a worker reads at once, as a message costs what 20 of them do
@@ -59,6 +59,11 @@ class Loadable(Dataset[Tensors], abc.ABC):
     def together(self) -> int:
         """How many items the batches that are drawn and read together have."""
 
+    @property
+    @abc.abstractmethod
+    def item_nbytes(self) -> int:
+        """Bytes of memory that an item may take."""
+
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
@@ -97,7 +102,7 @@ class Loadable(Dataset[Tensors], abc.ABC):
         """How many items of small batches a worker reads at once."""
         if self.together == 1 or not len(self):
             return 1
-        return min(SENT_AT_ONCE, SENT_BYTES // memory_of(self.read(np.zeros(1, np.int64))))
+        return min(SENT_AT_ONCE, SENT_BYTES // self.item_nbytes)
 
     def batch(self, numbers: np.ndarray) -> Tensors:
         """Read items by number, as one dict of tensors with the batch first."""

@@ -79,6 +79,11 @@ class MixedDataset(Loadable):
         """How many items the batches that are drawn and read together have."""
         return min(dataset.together for dataset in self._datasets)
 
+    @property
+    def item_nbytes(self) -> int:
+        """Bytes of memory that an item may take."""
+        return max(dataset.item_nbytes for dataset in self._datasets if len(dataset))
+
     def state_dict(self) -> dict[str, Any]:
         """The commits that the datasets show; torchdata brings them to the workers."""
         return {"heads": [dataset.state_dict()["heads"] for dataset in self._datasets]}

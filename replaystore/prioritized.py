@@ -44,7 +44,7 @@ class _ByLeaf(Sampler):
         with self._lock:
             self._leaves.take_in(items, self._new_value)
             leaves = self._leaves.find(items.ids(items.locate(numbers)))
-            chances: np.ndarray = self._leaves.tree.get(leaves) / self._leaves.tree.total
+            chances: np.ndarray = self._leaves.tree.get(leaves) / (self._leaves.tree.total or 1.0)
             return chances
 
     def evict(self, stream: int, row: int) -> None:

@@ -320,7 +320,22 @@ def test_a_transform_is_applied_to_every_batch(workers, tmp_path):
         assert_same(after, double_rewards(before))
 
 
-@pytest.mark.parametrize(("transform", "message"), [(5, "expected a function"), (len, "return the dict of")])
+def changed(**values):
+    return lambda batch: batch | {name: value(batch["reward"]) for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (5, "expected a function"),
+        (len, "return the dict of"),
+        (changed(reward=lambda reward: reward[:2]), r"expected tensors of 3 items.*got one of shape \(2,\)"),
+        (changed(mean=torch.mean), r"expected tensors of 3 items.*got one of shape \(\)"),
+        (changed(reward=torch.Tensor.tolist), "expected tensors of 3 items.*got <class 'list'>"),
+        (changed(reward=torch.Tensor.bfloat16), "expected tensors that numpy can hold"),
+        (changed(reward=torch.Tensor.requires_grad_), "expected tensors that numpy can hold.*grad"),
+    ],
+)
 def test_what_is_no_transform_is_refused(transform, message, tmp_path):
     path = write_episodes(tmp_path / "store")
     with pytest.raises(UsageError, match=message):

@@ -136,14 +136,32 @@ def test_worker_reads_one_draw_at_once_if_it_is_large(limit, path, monkeypatch):
     assert set(sizes_read(ReplayDataset(path), workers=2)) == {8, 6}
 
 
-def test_what_a_transform_makes_counts_as_large(path, monkeypatch):
-    def wide(batch):
-        return batch | {"wide": torch.zeros(len(batch["ids"]), 1 << 16)}
-
+def test_what_a_transform_makes_may_be_large(path, monkeypatch):
     monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
-    monkeypatch.setattr(replaystore.loader, "SENT_BYTES", 1 << 20)
-    assert max(sizes_read(ReplayDataset(path), workers=2)) > 8
-    assert set(sizes_read(ReplayDataset(path, transform=wide), workers=2)) == {8, 6}
+    monkeypatch.setattr(replaystore.loader, "SENT_BYTES", 31 * ReplayDataset(path).item_nbytes)
+    assert max(sizes_read(ReplayDataset(path), workers=2)) == 24
+    calls = []
+    assert set(sizes_read(ReplayDataset(path, transform=calls.append), workers=2)) == {8, 6}
+    assert not calls, "it runs where batches are read, and nowhere else"
+
+
+def draw_passes(batches, passes, found):
+    for _ in range(passes):
+        for batch in batches:
+            found += batch.numbers.tolist()
+
+
+def test_what_was_drawn_before_an_error_is_given(path, monkeypatch):
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
+    given = []
+    for workers in (0, 2):
+        sampler = Mixed([(Once(), 0.9), (Uniform(), 0.1)])
+        loader = ReplayDataset(path).loader(4, sampler=sampler, seed=0, num_workers=workers)
+        found = []
+        with pytest.raises(UsageError, match="Once: expected items to draw"):
+            draw_passes(loader.batch_sampler, 3, found)
+        given.append(found)
+    assert given[0] == given[1]
 
 
 def test_state_is_the_same_whoever_reads(path):
