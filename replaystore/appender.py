@@ -67,14 +67,13 @@ class Appender(abc.ABC):
         """What every step needs of each field, looked up once."""
         schema, arrays = self._schema, self._ring.arrays
         self._step_names = [field.name for field in schema.fields]
-        self._action_names = [name for name in self._step_names if not schema.is_observation(name)]
         self._scalar_reward = schema.by_name["reward"].shape == ()
         self._max_lag = min(schema.shard_rows(field, self._num_envs) for field in schema.fields)
         self._plain_names = frozenset() if schema.is_nested else frozenset(self._step_names)
         self._acceptors = [(field.name, field.number_types, field.accept) for field in schema.fields]
         own = {name: array[:, 0] for name, array in arrays.items()}  # of the first environment
-        self._action_columns = [(name, own[name]) for name in self._action_names]
-        self._observation_columns = [(name, own[name]) for name in schema.names("observation")]
+        self._action_columns = [(name, own[name]) for name in schema.acted]
+        self._observation_columns = [(name, own[name]) for name in schema.observed]
 
     @abc.abstractmethod
     def _check_usable(self, *, raise_failure: bool = True) -> None:
@@ -381,7 +380,7 @@ class Appender(abc.ABC):
 
     def _end(self, env: int, terminated: bool, truncated: bool) -> None:
         last = (self._rows[env] - 1) & self._ring.mask
-        for name in self._action_names:
+        for name in self._schema.acted:
             self._ring.arrays[name][last, env] = 0
         self._opened(env).record = self._describe(env, terminated, truncated)  # now it has ended
         self._settle(env)

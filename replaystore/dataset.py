@@ -19,7 +19,7 @@ from replaystore.errors import UsageError
 from replaystore.goals import Relabelled
 from replaystore.handover import leaves, map_leaves, memory_of
 from replaystore.index import EpisodeIndex
-from replaystore.loader import Collated, Loadable, Loader, Tensors
+from replaystore.loader import Loadable, Loader, Tensors
 from replaystore.reader import Allocate
 from replaystore.samplers import InOrder, Sampler, Shuffled, Uniform
 from replaystore.selection import Selection, check_sampler, check_window, item_of
@@ -185,7 +185,8 @@ class ReplayDataset(Loadable):
         With torchdata: `StatefulDataLoader(dataset, batch_sampler=dataset.batches(256),
         collate_fn=dataset.collate_fn())`.
         """
-        return self._draws(batch_size, sampler, seed=seed, drop_last=drop_last, together=None)
+        sampler = self._sampler(sampler, seed)
+        return Batches(self, batch_size, sampler=sampler, seed=seed, drop_last=drop_last, together=None)
 
     def loader(
         self,
@@ -212,46 +213,22 @@ class ReplayDataset(Loadable):
         if sampler is None and not shuffle:
             sampler = InOrder()
         self.reserve(sampler)
-        batches = self._draws(
+        return self._loader(
             batch_size,
-            sampler,
+            self._sampler(sampler, seed),
             seed=seed,
             drop_last=drop_last,
-            together=self.together,
-            at_once=self.sent_at_once() if num_workers else 1,
-        )
-        return Loader(
-            self,
-            batches,
-            read_ahead=read_ahead,
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=persistent_workers,
-            collate_fn=Collated(),
+            read_ahead=read_ahead,
             **kwargs,
         )
 
-    def _draws(
-        self,
-        batch_size: int,
-        sampler: Sampler | None,
-        *,
-        seed: int | None,
-        drop_last: bool,
-        together: int | None,
-        at_once: int = 1,
-    ) -> Batches:
+    def _sampler(self, sampler: Sampler | None, seed: int | None) -> Sampler:
+        """What is to draw, or `UsageError` if there is nothing to draw from."""
         self.check_has_items()
-        sampler = Uniform(replace=False, seed=seed) if sampler is None else check_sampler(sampler)
-        return Batches(
-            self,
-            batch_size,
-            sampler=sampler,
-            seed=seed,
-            drop_last=drop_last,
-            together=together,
-            at_once=at_once,
-        )
+        return Uniform(replace=False, seed=seed) if sampler is None else check_sampler(sampler)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_store": None, "_selection": None}

@@ -17,7 +17,7 @@ CHUNK_BYTES = 131072  # decoded bytes of a packed chunk, at the most unless one 
 
 MAX_ROW_BYTES = 1 << 28
 MAX_CHUNK_ROWS = 4096  # of which a flat file has a multiple
-MIN_CHUNK_BYTES = 8  # decoded; a frame of fewer is shorter than one may be
+MIN_DECODED_BYTES = 8  # of a packed chunk; fewer make an encoded one that is too short (`codec.py`)
 DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
           "float16", "float32", "float64")  # fmt: skip
 RESERVED = {"index", "heads", "lock", "head.arrow", "zarr.json", "c"}
@@ -171,12 +171,13 @@ class Field:
         ):
             wanted = f"a power of two from 1 to {MAX_CHUNK_ROWS}"
             raise SchemaError(f"field {self.name!r}: expected chunk_rows {wanted}, got {chunk_rows!r}")
-        if chunk_rows * self.row_nbytes < MIN_CHUNK_BYTES:
+        nbytes = chunk_rows * self.row_nbytes
+        if nbytes < MIN_DECODED_BYTES:
             raise SchemaError(
-                f"field {self.name!r}: expected chunks of {MIN_CHUNK_BYTES} bytes or more, {chunk_rows} rows have"
-                f" {chunk_rows * self.row_nbytes}: use more chunk_rows, or codec='flat'"
+                f"field {self.name!r}: expected chunks of {MIN_DECODED_BYTES} bytes or more, {chunk_rows} rows"
+                f" have {nbytes}: use more chunk_rows, or codec='flat'"
             )
-        if chunk_rows * self.row_nbytes > MAX_ROW_BYTES:
+        if nbytes > MAX_ROW_BYTES:
             raise LimitError(
                 f"field {self.name!r}: a chunk of {chunk_rows} rows has more than {MAX_ROW_BYTES} bytes"
             )

@@ -36,9 +36,8 @@ class GoalTimes(NamedTuple):
     def wanted(self, schema: Schema) -> Wanted:
         """The times at which to read the fields."""
         _check_schema(schema)
-        frames, (start, acted) = self.transitions.observation, self.transitions.wanted(schema)[1]
-        others = [name for name in schema.observed if name != ACHIEVED]
-        return [(self.achieved, [ACHIEVED]), (frames, others), (start, acted)]
+        times, others = self.transitions, [name for name in schema.observed if name != ACHIEVED]
+        return [(self.achieved, [ACHIEVED]), (times.observation, others), (times.start, schema.acted)]
 
 
 class Relabelled:
@@ -129,7 +128,7 @@ def _fractions(words: np.ndarray) -> np.ndarray:
 def _check_schema(schema: Schema) -> None:
     fields = [schema.by_name.get(name) for name in (ACHIEVED, DESIRED)]
     if any(field is None for field in fields):
-        have = ", ".join(schema.names("observation"))
+        have = ", ".join(schema.observed)
         raise UsageError(f"Relabelled: expected the fields {ACHIEVED} and {DESIRED}, the store has {have}")
     kinds = [(field.shape, field.dtype) for field in fields if field is not None]
     if kinds[0] != kinds[1]:

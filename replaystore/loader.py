@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from replaystore.batches import Batches, Drawn
+from replaystore.batches import Batches, Drawn, Numbered
 from replaystore.errors import UsageError
 from replaystore.handover import Inbox, Outbox, Parcel, map_leaves
 from replaystore.reader import Allocate
+from replaystore.samplers import Sampler
 
 SENT_AT_ONCE = 1024  # items that a worker reads at once, as a message costs what 20 of them do
 SENT_BYTES = 1 << 26  # but no more than this, if that is not less than are drawn together
@@ -43,16 +44,11 @@ class Items(Sequence[Tensors]):
         return map_leaves(self.batch, lambda tensor: tensor[number])
 
 
-class Loadable(Dataset[Tensors], abc.ABC):
+class Loadable(Dataset[Tensors], Numbered, abc.ABC):
     """A map-style dataset of which batches are read at once, here or in a worker."""
 
     def __init__(self) -> None:
         self._outbox: Outbox | None = None  # of a worker
-
-    @property
-    @abc.abstractmethod
-    def commit(self) -> int:
-        """A checksum of the commit that the dataset shows, to tell it from others."""
 
     @property
     @abc.abstractmethod
@@ -63,9 +59,6 @@ class Loadable(Dataset[Tensors], abc.ABC):
     @abc.abstractmethod
     def item_nbytes(self) -> int:
         """Bytes of memory that an item may take."""
-
-    @abc.abstractmethod
-    def __len__(self) -> int: ...
 
     @abc.abstractmethod
     def read(
@@ -107,6 +100,36 @@ class Loadable(Dataset[Tensors], abc.ABC):
     def batch(self, numbers: np.ndarray) -> Tensors:
         """Read items by number, as one dict of tensors with the batch first."""
         return Items(self.read(numbers)).batch
+
+    def _loader(
+        self,
+        batch_size: int,
+        sampler: Sampler,
+        *,
+        seed: int | None,
+        drop_last: bool,
+        num_workers: int,
+        read_ahead: bool,
+        **kwargs: Any,
+    ) -> "Loader":
+        """A loader of what a sampler draws, of which small batches are read several at a time."""
+        batches = Batches(
+            self,
+            batch_size,
+            sampler=sampler,
+            seed=seed,
+            drop_last=drop_last,
+            together=self.together,
+            at_once=self.sent_at_once() if num_workers else 1,
+        )
+        return Loader(
+            self,
+            batches,
+            read_ahead=read_ahead,
+            num_workers=num_workers,
+            collate_fn=self.collate_fn(),
+            **kwargs,
+        )
 
     def collate_fn(self) -> "Collated":
         """What makes a batch of `__getitems__`'s result, without collating it again."""

@@ -14,7 +14,7 @@ from replaystore.batches import Batches
 from replaystore.dataset import ReplayDataset
 from replaystore.errors import UsageError
 from replaystore.index import EpisodeIndex
-from replaystore.loader import Collated, Loadable, Loader
+from replaystore.loader import Loadable, Loader
 from replaystore.mixtures import (
     STORE_BIT,
     Mixture,
@@ -129,7 +129,8 @@ class MixedDataset(Loadable):
         drop_last: bool = False,
     ) -> Batches:
         """A batch sampler, for a DataLoader of one's own, as `ReplayDataset.batches`."""
-        return self._draws(batch_size, samplers, seed=seed, drop_last=drop_last, together=None)
+        sampler = self._sampler(samplers, seed)
+        return Batches(self, batch_size, sampler=sampler, seed=seed, drop_last=drop_last, together=None)
 
     def loader(
         self,
@@ -148,45 +149,27 @@ class MixedDataset(Loadable):
         those of a dataset come in a random order, none twice before each has come once. The
         rest is as for `ReplayDataset.loader`.
         """
-        batches = self._draws(
+        sampler = self._sampler(samplers, seed)
+        for dataset, each in zip(self._datasets, samplers or (), strict=False):
+            dataset.reserve(each)
+        return self._loader(
             batch_size,
-            samplers,
+            sampler,
             seed=seed,
             drop_last=drop_last,
-            together=self.together,
-            at_once=self.sent_at_once() if num_workers else 1,
-        )
-        for dataset, sampler in zip(self._datasets, samplers or (), strict=False):
-            dataset.reserve(sampler)
-        return Loader(
-            self, batches, read_ahead=read_ahead, num_workers=num_workers, collate_fn=Collated(), **kwargs
+            num_workers=num_workers,
+            read_ahead=read_ahead,
+            **kwargs,
         )
 
-    def _draws(
-        self,
-        batch_size: int,
-        samplers: Sequence[Sampler] | None,
-        *,
-        seed: int | None,
-        drop_last: bool,
-        together: int | None,
-        at_once: int = 1,
-    ) -> Batches:
+    def _sampler(self, samplers: Sequence[Sampler] | None, seed: int | None) -> Sampler:
+        """What is to draw, or `UsageError` if there is nothing to draw from."""
         for dataset in self._datasets:
             dataset.check_has_items()
         samplers = self._in_passes(seed) if samplers is None else samplers
         if len(samplers) != len(self._datasets):
             raise UsageError(f"samplers: expected {len(self._datasets)}, got {len(samplers)}")
-        sampler = FromEach([check_sampler(sampler) for sampler in samplers], self._shares)
-        return Batches(
-            self,
-            batch_size,
-            sampler=sampler,
-            seed=seed,
-            drop_last=drop_last,
-            together=together,
-            at_once=at_once,
-        )
+        return FromEach([check_sampler(sampler) for sampler in samplers], self._shares)
 
     def _in_passes(self, seed: int | None) -> list[Sampler]:
         """A sampler without replacement for each dataset, each with a seed of its own."""

@@ -168,9 +168,9 @@ class Reader:
     def _prefetch_flat(self, located: Sequence[tuple["_Rows", Sequence[str]]]) -> None:
         """Ask for the pages of all flat fields before the first of them is read."""
         pages = []
-        for rows, name in ((rows, name) for rows, names in located for name in names):
-            column = self._flat.get(name)
-            if column is not None and rows.held is None:
+        for rows, names in located:
+            columns = [self._flat[name] for name in names if name in self._flat and rows.held is None]
+            for column in columns:
                 start, size = column.rows.ctypes.data, column.rows[:1].nbytes
                 pages += [(start + rows.number.ravel() * size + end) // PAGE for end in (0, size - 1)]
         if pages:

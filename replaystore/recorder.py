@@ -60,7 +60,7 @@ class _Recorder:
         self._is_vector = num_envs is not None
         self._newest = (slice(None), -1) if self._is_vector else -1
         self._waiting: tuple[_Call, ...] = ()
-        self.observation_paths = {name: path_of(name) for name in store.schema.names("observation")}
+        self.observation_paths = {name: path_of(name) for name in store.schema.observed}
         self._stacked_paths = {} if stack is None else self.observation_paths
         self._awaited: dict[str, list[bytes]] = {  # what the next stacks begin with
             name: [b""] * (num_envs or 1) for name in self._stacked_paths

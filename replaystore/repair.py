@@ -33,7 +33,7 @@ from replaystore.files import Lock, chunk_path, make_directory, move, read_bytes
 from replaystore.head import HEAD, Head, decode_head, empty_head, kept_heads, read_head
 from replaystore.metadata import MAX_METADATA_BYTES, parse_root, render_group
 from replaystore.packed import MAX_SHARD_BYTES, find_index
-from replaystore.schema import Schema
+from replaystore.schema import FLAGS, Schema
 from replaystore.verify import (
     UNKNOWN_EPISODES,
     Finding,
@@ -44,8 +44,6 @@ from replaystore.verify import (
     verify_stream,
 )
 from replaystore.writer import StreamWriter
-
-FLAGS = ("terminated", "truncated")  # which the index holds as well
 
 
 class Repaired(NamedTuple):

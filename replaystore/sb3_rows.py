@@ -138,7 +138,7 @@ def stack_of(schema: Schema, length: int) -> FrameStack | None:
     """The frame stack with which a store was made."""
     if length == 1:
         return None
-    field = schema.by_name[schema.names("observation")[0]]
+    field = schema.by_name[schema.observed[0]]
     return FrameStack(length, "reset" if field.padding is None else "zero")
 
 

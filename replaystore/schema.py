@@ -26,7 +26,8 @@ FIXED_COLUMNS = (
     "stream", "env", "first_row", "length", "terminated", "truncated", "return", "seed", "start_time", "policy"
 )  # fmt: skip
 COLUMN_DTYPES = ("bool", "int64", "float64", "string")
-REQUIRED = ("observation", "action", "reward", "terminated", "truncated")
+FLAGS = ("terminated", "truncated")  # which the index holds as well
+REQUIRED = ("observation", "action", "reward", *FLAGS)
 
 
 class Schema:

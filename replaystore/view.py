@@ -67,7 +67,7 @@ class View:
         if not self.writers:
             return self.lock
         writer, *others = self.writers.values()
-        return _all_held([writer, *others]) if others else writer.lock
+        return _all_held(self.writers.values()) if others else writer.lock
 
     # ---- reading
 

@@ -14,10 +14,9 @@ import numpy as np
 
 from replaystore.errors import UsageError
 from replaystore.index import EACH, Places, Spacing, Wanted
-from replaystore.schema import Nested, Schema
+from replaystore.schema import FLAGS, Nested, Schema
 
 ALL = slice(None)
-FLAGS = ("terminated", "truncated")
 
 
 class Batch(NamedTuple):
@@ -215,7 +214,7 @@ class Transition:
 
 
 def _pad(before: np.ndarray, arrays: Mapping[str, np.ndarray], schema: Schema) -> None:
-    for name in schema.names("observation"):
+    for name in schema.observed:
         padding = schema.by_name[name].padding_row()
         if padding is not None:
             arrays[name][before] = padding
