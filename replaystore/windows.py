@@ -164,7 +164,7 @@ class Transition:
         """Which rows the items at these places need."""
         start = places.time
         if self.n_step == 1:
-            frames = start[:, None] + self._offsets
+            frames = (self._offsets[:, None] + start).T  # numpy adds along the longer side
             return RowTimes(*self._clamp(frames, places), start, start, start, None)
         steps = np.minimum(places.last - start, self.n_step)
         frames = self._offsets[:-1]
@@ -187,16 +187,16 @@ class Transition:
         reward, discount = self._returns(rows, arrays["reward"], arrays["terminated"])
         now, after = self._views
         return Batch(
-            observation=schema.nest("observation", arrays, now),
-            action=schema.nest("action", arrays),
-            reward=reward,
-            next_observation=schema.nest("observation", arrays, after),
-            terminated=arrays["terminated"],
-            truncated=arrays["truncated"],
-            discount=discount,
-            ids=items.ids,
-            weights=items.weights,
-            extra={top: schema.nest(top, arrays) for top in schema.extra},
+            schema.nest("observation", arrays, now),
+            schema.nest("action", arrays),
+            reward,
+            schema.nest("observation", arrays, after),
+            arrays["terminated"],
+            arrays["truncated"],
+            discount,
+            items.ids,
+            items.weights,
+            {top: schema.nest(top, arrays) for top in schema.extra},
         )
 
     def _returns(
