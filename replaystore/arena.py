@@ -1,10 +1,9 @@
 """One packed field of all streams, read through an arena of decoded chunks.
 
-What is decoded is gathered while it is in the processor's cache: chunk by chunk in compiled code
-(`decoding.c`), or else slice by slice. A small arena is only scratch space for that; a large one keeps
-decoded chunks. What numpy can do for all chunks of a piece at once (finding shards, reading index
-entries and headers) is done at once; where nothing was compiled, checksums and decoding are C calls
-from `map`. Of a chunk only the rows up to the last one needed are decoded, unless the arena keeps it.
+Each chunk that a batch needs is decoded once, whatever order its rows are asked in, and these are
+gathered while it is in the processor's cache. A large arena keeps decoded chunks; with a small one, only
+the rows up to the last one needed are decoded. What numpy can do for all chunks of a piece at once
+(finding shards, reading index entries and headers) is done at once.
 """
 
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from replaystore.codec import ChunkCodec, DamagedChunk, Frames
+from replaystore.codec import ChunkCodec, DamagedChunk
 from replaystore.errors import CorruptionError, SnapshotExpired
 from replaystore.field import Field
 from replaystore.files import MEMORY_START, chunk_path, memory, prefetch
@@ -22,10 +21,8 @@ from replaystore.head import HEAD, Head, decode_head, read_head
 from replaystore.packed import Shard, open_shard
 from replaystore.schema import Schema
 
-SCRATCH_BYTES = 1 << 21  # decoded at a time where there is no cache; fits the processor's
-MIN_SCRATCH = 4  # chunks
 MIN_CACHE = 100  # chunks, below which a cache is not worth its bookkeeping
-PIECE_ROWS = 4096  # prepared at once
+PIECE_ROWS = 1 << 15  # prepared at once
 MAX_COPIED = 4096  # indices of shards kept in memory, so that they are read from disk but once
 MAX_SHARDS = 8192  # mapped at once, of the 65,530 maps that Linux allows a process
 ONLY = np.zeros(1, np.int64)
@@ -44,12 +41,6 @@ def stream_path(root: Path, stream: int) -> Path:
     return root / "streams" / f"{stream:06d}"
 
 
-def run_bounds(chunks: np.ndarray) -> np.ndarray:
-    """Where each run of rows of one chunk begins, and where the last one ends."""
-    bounds = np.flatnonzero(chunks[1:] != chunks[:-1]) + 1
-    return np.concatenate(([0], bounds, [len(chunks)]))
-
-
 class PackedColumn:
     """One packed field of all streams, and its part of the arena."""
 
@@ -60,10 +51,9 @@ class PackedColumn:
         self._codec = ChunkCodec(field)
         slots = cache_bytes // field.chunk_nbytes
         self._is_cache = slots >= MIN_CACHE
-        if not self._is_cache:
-            slots = max(MIN_SCRATCH, SCRATCH_BYTES // field.chunk_nbytes)
+        slots = slots if self._is_cache else 0
         self._arena = np.empty((slots * field.chunk_rows, *field.shape), field.dtype)
-        self._targets = (self._arena.ctypes.data + np.arange(slots) * field.chunk_nbytes).tolist()
+        self._scratch = np.empty((field.chunk_rows, *field.shape), field.dtype)
         self._holds = np.full(slots, NOTHING, np.int64)  # the chunk in each slot, if it is a cache
         self._slots = np.zeros(1, np.int32)  # by chunk: 1 + its slot, or 0; the last one is nothing's
         self._hand = 0
@@ -124,20 +114,24 @@ class PackedColumn:
             take_piece(chunks[piece], within[piece], out[piece])
 
     def _take_piece(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
-        first = run_bounds(chunks)
-        distinct = chunks.take(first[:-1])
-        start, nbytes = self._where(distinct)
-        scratch = self._arena[: self._field.chunk_rows]
-        if self._codec.take_rows(start, nbytes, first=first, within=within, out=out, scratch=scratch):
-            return
-        many, frames = len(self._holds), self._check(distinct, start, nbytes)
-        wanted = ((np.maximum.reduceat(within, first[:-1]) + 1) * self._field.row_nbytes).tolist()
-        rows = np.repeat(np.arange(len(distinct)) % many, np.diff(first)) * self._field.chunk_rows + within
-        for begin in range(0, len(wanted), many):
-            end = min(begin + many, len(wanted))
-            part = slice(first[begin], first[end])
-            self._decode(frames, self._targets, wanted, (begin, end), distinct)
-            self._arena.take(rows[part], axis=0, out=out[part], mode="clip")
+        """Decode each chunk once: 16 bits of their numbers bring its rows together, and are quickly sorted."""
+        to = chunks.astype(np.uint16).argsort(kind="stable")
+        chunks = chunks.take(to)
+        bounds = np.flatnonzero(chunks[1:] != chunks[:-1]) + 1
+        first = np.concatenate(([0], bounds, [len(chunks)]))
+        self._decode(chunks.take(first[:-1]), first, within.take(to), to, out)
+
+    def _decode(
+        self, chunks: np.ndarray, first: np.ndarray, within: np.ndarray, to: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Copy rows of each chunk, as `ChunkCodec.take_rows`."""
+        start, nbytes = self._where(chunks)
+        try:
+            self._codec.take_rows(
+                start, nbytes, first=first, within=within, to=to, out=out, scratch=self._scratch
+            )
+        except DamagedChunk as error:
+            raise self._damaged(int(chunks[error.place]), error) from error
 
     def _take_cached(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
         held = self._slots.take(chunks)
@@ -160,26 +154,16 @@ class PackedColumn:
         """Decode distinct chunks over the oldest in slots that are not pinned, (slots,)."""
         oldest = np.roll(np.arange(len(pinned)), -self._hand)
         slots = oldest[~pinned[oldest]][: len(missing)]
-        frames = self._check(missing, *self._where(missing))
         held = self._holds[slots]
         self._slots[held[self._slots[held] == slots + 1]] = 0
         self._holds[slots] = NOTHING
-        targets = (self._arena.ctypes.data + slots * self._field.chunk_nbytes).tolist()
-        whole = [self._field.chunk_nbytes] * len(missing)
-        self._decode(frames, targets, whole, (0, len(missing)), missing)
+        each = np.arange(self._field.chunk_rows)
+        to = (slots[:, None] * len(each) + each).ravel()
+        first = np.arange(len(slots) + 1) * len(each)
+        self._decode(missing, first, np.tile(each, len(slots)), to, self._arena)
         self._holds[slots] = missing
         self._slots[missing] = slots + 1
         self._hand = int(slots[-1] + 1) % len(self._holds)
-
-    def _decode(
-        self, frames: Frames, targets: list[int], wanted: list[int], part: tuple[int, int], chunks: np.ndarray
-    ) -> None:
-        """Decode a part of the frames, the first into the first target."""
-        start, stop = part
-        try:
-            self._codec.decode_many(frames.part(start, stop), targets[: stop - start], wanted[start:stop])
-        except DamagedChunk as error:
-            raise self._damaged(int(chunks[start + error.place]), error) from error
 
     def _where(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The addresses of the chunks' bytes, and how many they are."""
@@ -200,13 +184,6 @@ class PackedColumn:
         if self.from_disk:
             prefetch(start, nbytes)
         return start, nbytes
-
-    def _check(self, chunks: np.ndarray, start: np.ndarray, nbytes: np.ndarray) -> Frames:
-        """That the chunks at these addresses are as they were written."""
-        try:
-            return self._codec.check(start, nbytes)
-        except DamagedChunk as error:
-            raise self._damaged(int(chunks[error.place]), error) from error
 
     def _damaged(self, chunk: int, error: Exception) -> CorruptionError:
         place = int(self._bases.searchsorted(chunk, side="right")) - 1

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from replaystore.arena import run_bounds
 from replaystore.codec import ChunkCodec
 from replaystore.errors import UsageError
 from replaystore.field import MAX_CHUNK_ROWS, Field
@@ -231,19 +230,15 @@ def _take(
     rows: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """Read rows out of encoded chunks, by their addresses and sizes, in the order in which they are given."""
+    """Read rows out of encoded chunks, by their addresses and sizes, one item after the other.
+
+    A chunk that several items need is decoded for each of them, as in a large store hardly any is.
+    """
     number, within = np.divmod(rows, field.chunk_rows)
-    bounds = run_bounds(number)
-    distinct = number[bounds[:-1]]
-    starts, sizes = (column[distinct] for column in chunks)
-    scratch = np.empty((field.chunk_rows, *field.shape), field.dtype)
-    if codec.take_rows(starts, sizes, first=bounds, within=within, out=out, scratch=scratch):
-        return
-    frames = codec.check(starts, sizes)
-    wanted = (np.maximum.reduceat(within, bounds[:-1]) + 1) * field.row_nbytes
-    for i, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
-        codec.decode_many(frames.part(i, i + 1), [scratch.ctypes.data], [int(wanted[i])])
-        scratch.take(within[begin:end], axis=0, out=out[begin:end], mode="clip")
+    first = np.concatenate(([0], np.flatnonzero(np.diff(number)) + 1, [len(rows)]))
+    starts, sizes = (column[number[first[:-1]]] for column in chunks)
+    scratch, to = np.empty((field.chunk_rows, *field.shape), field.dtype), np.arange(len(rows))
+    codec.take_rows(starts, sizes, first=first, within=within, to=to, out=out, scratch=scratch)
 
 
 def draw(figures: list[Figure], path: Path, title: str) -> None:

@@ -10,6 +10,7 @@ is then a plain lz4 block.
 """
 
 import ctypes
+import itertools
 import struct
 from typing import Any, NamedTuple
 
@@ -63,8 +64,9 @@ class Frames(NamedTuple):
     lz4_sizes: list[int]
     plain: list[bool]
 
-    def part(self, start: int, stop: int) -> "Frames":
-        return Frames(self.sources[start:stop], self.lz4_sizes[start:stop], self.plain[start:stop])
+    def of(self, number: int) -> tuple[int, int, bool]:
+        """Those of one chunk."""
+        return self.sources[number], self.lz4_sizes[number], self.plain[number]
 
 
 class ChunkCodec:
@@ -90,7 +92,7 @@ class ChunkCodec:
         """
         source = np.frombuffer(encoded, np.uint8)
         start, sizes = np.array([source.ctypes.data]), np.array([len(encoded)])
-        self.decode_many(self.check(start, sizes), [address], [self._nbytes])
+        self._decode(self.check(start, sizes), 0, address, self._nbytes)
 
     def take_rows(
         self,
@@ -99,21 +101,41 @@ class ChunkCodec:
         *,
         first: np.ndarray,
         within: np.ndarray,
+        to: np.ndarray,
         out: np.ndarray,
         scratch: np.ndarray,
-    ) -> bool:
-        """Check chunks in memory, by address and size, and copy rows of them to `out`, all at once.
+    ) -> None:
+        """Check chunks in memory, by address and size, and copy rows of them, all at once.
 
-        Those from `first[i]` to `first[i + 1]` are the rows `within` chunk i; `scratch` is as long as a
-        chunk. False where that takes `check` and `decode_many`: a chunk that is damaged or no plain lz4,
-        or no compiled code.
+        The rows `within` are those of chunk i from `first[i]` to `first[i + 1]`, and go to the rows `to`
+        of `out`; `scratch` is as long as a chunk. Raises `DamagedChunk` for the first that is not as it
+        was; what is in `out` by then does not matter.
         """
-        if COMPILED is None or not self._is_plain:
-            return False
-        done = COMPILED.take_rows(
-            sources, sizes, first, within, out, scratch, self._row_nbytes, LZ4_ADDRESS, CRC32C_ADDRESS
-        )
-        return bool(done == len(sources))
+        assert scratch.nbytes == self._nbytes, (scratch.nbytes, self._nbytes)
+        done = 0
+        if COMPILED is not None and self._is_plain:
+            done = COMPILED.take_rows(
+                sources, sizes, first, within, to, out, scratch, self._row_nbytes, LZ4_ADDRESS, CRC32C_ADDRESS
+            )
+        if done < len(sources):  # what compiled code does not know, and damage, which it does not name
+            self._take_rest(done, self.check(sources, sizes), first, within, to, out, scratch)
+
+    def _take_rest(
+        self,
+        start: int,
+        frames: "Frames",
+        first: np.ndarray,
+        within: np.ndarray,
+        to: np.ndarray,
+        out: np.ndarray,
+        scratch: np.ndarray,
+    ) -> None:
+        wanted = ((np.maximum.reduceat(within, first[:-1]) + 1) * self._row_nbytes).tolist()
+        address, sources, targets = scratch.ctypes.data, within.tolist(), to.tolist()
+        for number, (begin, end) in enumerate(itertools.pairwise(first[start:].tolist()), start):
+            self._decode(frames, number, address, wanted[number])
+            for row in range(begin, end):
+                out[targets[row]] = scratch[sources[row]]
 
     def check(self, sources: np.ndarray, sizes: np.ndarray) -> "Frames":
         """Check the checksums and headers of encoded chunks in memory, by address and size.
@@ -135,22 +157,19 @@ class ChunkCodec:
             raise DamagedChunk(bad, f"{wanted}, found a frame of {header[bad, 3]} for {header[bad, 1]}")
         plain = (header[:, 0] & 0xFF0000 == PLAIN_LZ4) & (header[:, 2] == self._nbytes)
         plain &= (header[:, 4] == 20) & (header[:, 5] == sizes - 28)
-        return Frames(sources.tolist(), (sizes - 28).tolist(), plain.tolist() if lz4_prefix else [])
+        return Frames(sources.tolist(), (sizes - 28).tolist(), (plain & bool(lz4_prefix)).tolist())
 
-    def decode_many(self, frames: "Frames", targets: list[int], wanted: list[int]) -> None:
-        """Decompress the first `wanted` bytes of checked chunks, or more, to addresses.
+    def _decode(self, frames: "Frames", number: int, target: int, wanted: int) -> None:
+        """Decompress the first `wanted` bytes of a checked chunk, or more, to an address.
 
-        A target has room for a whole chunk. Of a plain lz4 block only what is wanted is decoded,
-        which for long chunks saves a good part.
+        There is room for a whole chunk. Of a plain lz4 block only what is wanted is decoded, which for
+        long chunks saves a good part.
         """
-        if frames.plain and all(frames.plain):
-            blocks = [source + 24 for source in frames.sources]
-            done = list(map(lz4_prefix, blocks, targets, frames.lz4_sizes, wanted, wanted))
-            if done == wanted:
-                return
-        for i, (source, target) in enumerate(zip(frames.sources, targets, strict=True)):
-            if blosc_decompress(source, target, self._nbytes, 1) != self._nbytes:
-                raise DamagedChunk(i, "blosc cannot decompress the chunk")
+        source, lz4_size, is_plain = frames.of(number)
+        if is_plain and lz4_prefix(source + 24, target, lz4_size, wanted, wanted) == wanted:
+            return
+        if blosc_decompress(source, target, self._nbytes, 1) != self._nbytes:
+            raise DamagedChunk(number, "blosc cannot decompress the chunk")
 
 
 def _exported(module: Any, name: str, *arguments: Any) -> Any:

@@ -84,22 +84,26 @@ static int get_int64s(PyObject *object, Int64s *array)
     return 0;
 }
 
-/* Whether the rows of each chunk lie in it, and the chunks' rows are all rows, one after the other. */
-static int fits(const Int64s *first, const Int64s *within, Py_ssize_t chunks, int64_t chunk_rows)
+/* Whether the rows of each chunk lie in it and go to rows of `out`, and the chunks' rows are all rows. */
+static int fits(const Int64s *first, const Int64s *within, const Int64s *to, Py_ssize_t chunks, int64_t chunk_rows,
+                int64_t out_rows)
 {
-    if (first->length != chunks + 1 || first->items[0] != 0 || first->items[chunks] != within->length)
+    if (first->length != chunks + 1 || first->items[0] != 0 || first->items[chunks] != within->length
+        || to->length != within->length)
         return 0;
     for (Py_ssize_t chunk = 0; chunk < chunks; chunk++)
         if (first->items[chunk] >= first->items[chunk + 1])
             return 0;
     for (Py_ssize_t row = 0; row < within->length; row++)
-        if (within->items[row] < 0 || within->items[row] >= chunk_rows)
+        if (within->items[row] < 0 || within->items[row] >= chunk_rows || to->items[row] < 0
+            || to->items[row] >= out_rows)
             return 0;
     return 1;
 }
 
 static Py_ssize_t take_each(const Codec *codec, const Int64s *start, const Int64s *nbytes, const Int64s *first,
-                            const Int64s *within, char *out, char *scratch, int64_t row_nbytes)
+                            const Int64s *within, const Int64s *to, char *out, char *scratch,
+                            int64_t row_nbytes)
 {
     const int is_long = within->length * row_nbytes > LONG;
     Py_ssize_t chunk = 0;
@@ -113,7 +117,7 @@ static Py_ssize_t take_each(const Codec *codec, const Int64s *start, const Int64
                     (last + 1) * row_nbytes))
             break;
         for (int64_t row = first->items[chunk]; row < first->items[chunk + 1]; row++) {
-            char *target = out + row * row_nbytes;
+            char *target = out + to->items[row] * row_nbytes;
             const char *source = scratch + within->items[row] * row_nbytes;
             if (is_long)
                 copy_past_caches(target, source, row_nbytes);
@@ -126,36 +130,36 @@ static Py_ssize_t take_each(const Codec *codec, const Int64s *start, const Int64
 }
 
 PyDoc_STRVAR(take_rows_doc,
-"take_rows(start, nbytes, first, within, out, scratch, row_nbytes, lz4, crc32c)\n--\n\n"
+"take_rows(start, nbytes, first, within, to, out, scratch, row_nbytes, lz4, crc32c)\n--\n\n"
 "Copy rows of chunks in memory; returns how many chunks were done before one that Python has to see.\n\n"
-"`start` and `nbytes`, int64 (chunks,), are their addresses and sizes. `out` gets the rows at `within`,\n"
-"int64 (rows,); those from `first[i]` to `first[i + 1]` are of chunk i. `scratch` is as long as a decoded\n"
-"chunk. Raises ValueError if sizes do not match.");
+"`start` and `nbytes`, int64 (chunks,), are their addresses and sizes. The rows `within`, int64 (rows,),\n"
+"are those of chunk i from `first[i]` to `first[i + 1]`, and go to the rows `to`, int64 (rows,), of `out`.\n"
+"`scratch` is as long as a decoded chunk. Raises ValueError if sizes do not match.");
 
 static PyObject *take_rows(PyObject *module, PyObject *arguments)
 {
-    PyObject *objects[4];
-    Int64s arrays[4];
+    PyObject *objects[5];
+    Int64s arrays[5];
     Py_buffer out, scratch;
     Py_ssize_t row_nbytes, done = -1;
     unsigned long long lz4, crc32c;
     int got = 0;
 
-    if (!PyArg_ParseTuple(arguments, "OOOOw*w*nKK", &objects[0], &objects[1], &objects[2], &objects[3], &out,
-                          &scratch, &row_nbytes, &lz4, &crc32c))
+    if (!PyArg_ParseTuple(arguments, "OOOOOw*w*nKK", &objects[0], &objects[1], &objects[2], &objects[3],
+                          &objects[4], &out, &scratch, &row_nbytes, &lz4, &crc32c))
         return NULL;
-    while (got < 4 && get_int64s(objects[got], &arrays[got]) == 0)
+    while (got < 5 && get_int64s(objects[got], &arrays[got]) == 0)
         got++;
-    if (got == 4) {
+    if (got == 5) {
         const Int64s *start = &arrays[0], *nbytes = &arrays[1], *first = &arrays[2], *within = &arrays[3];
+        const Int64s *to = &arrays[4];
         const Codec codec = {(Lz4)(uintptr_t)lz4, (Crc32c)(uintptr_t)crc32c, scratch.len};
         if (row_nbytes < 1 || scratch.len > INT32_MAX || nbytes->length != start->length
-            || out.len != within->length * row_nbytes
-            || !fits(first, within, start->length, scratch.len / row_nbytes)) {
+            || !fits(first, within, to, start->length, scratch.len / row_nbytes, out.len / row_nbytes)) {
             PyErr_SetString(PyExc_ValueError, "take_rows: expected arrays of matching sizes");
         } else {
             Py_BEGIN_ALLOW_THREADS
-            done = take_each(&codec, start, nbytes, first, within, out.buf, scratch.buf, row_nbytes);
+            done = take_each(&codec, start, nbytes, first, within, to, out.buf, scratch.buf, row_nbytes);
             Py_END_ALLOW_THREADS
         }
     }

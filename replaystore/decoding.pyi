@@ -7,6 +7,7 @@ def take_rows(
     nbytes: np.ndarray,
     first: np.ndarray,
     within: np.ndarray,
+    to: np.ndarray,
     out: np.ndarray,
     scratch: np.ndarray,
     row_nbytes: int,

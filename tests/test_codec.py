@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from replaystore import codec as codec_module
-from replaystore.codec import ChunkCodec, blosc_settings, crc32c
+from replaystore.codec import ChunkCodec, DamagedChunk, blosc_settings, crc32c
 from replaystore.errors import CorruptionError
 from replaystore.field import Field
 
@@ -161,7 +161,7 @@ def test_first_rows_of_a_plain_chunk_are_decoded_alone(rows):
     encoded = np.frombuffer(codec.encode(chunk), np.uint8)
     frames = codec.check(np.array([encoded.ctypes.data]), np.array([len(encoded)]))
     assert frames.plain == [True]
-    codec.decode_many(frames, [out.ctypes.data], [rows * 400])
+    codec._decode(frames, 0, out.ctypes.data, rows * 400)
     assert np.array_equal(out[:rows], chunk[:rows])
     assert (out[rows:] == 99).all()
 
@@ -181,7 +181,9 @@ class Chunks:
         counts = rng.integers(1, 7, count)
         self.first = np.append(0, counts.cumsum())
         self.within = rng.integers(0, 4, self.first[-1])
-        self.expected = self.rows[np.repeat(np.arange(count), counts), self.within]
+        self.to = rng.permutation(self.first[-1])
+        self.expected = np.empty((self.first[-1], 20, 20), np.uint8)
+        self.expected[self.to] = self.rows[np.repeat(np.arange(count), counts), self.within]
         self.out = np.full_like(self.expected, 99)
 
     def take(self, **changed):
@@ -190,10 +192,16 @@ class Chunks:
             "sizes": np.array([len(each) for each in self.encoded]),
             "first": self.first,
             "within": self.within,
+            "to": self.to,
             "out": self.out,
-            "scratch": np.zeros(1600, np.uint8),
+            "scratch": np.zeros((4, 20, 20), np.uint8),
         }
-        return self.codec.take_rows(**(given | changed))
+        self.codec.take_rows(**(given | changed))
+
+    def damage(self, number, encoded):
+        """Put other bytes, and their right checksum, in the place of a chunk's."""
+        encoded[-4:] = np.frombuffer(crc32c(encoded[:-4]).to_bytes(4, "little"), np.uint8)
+        self.encoded[number] = encoded
 
 
 HAS_COMPILER = shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").exists()
@@ -202,11 +210,24 @@ compiled = pytest.mark.skipif(
 )
 
 
-@compiled
-@pytest.mark.parametrize("codec", ["blosc-lz4hc-5", "blosc-lz4-9"])
-def test_rows_of_many_chunks_are_taken_at_once(codec):
+@pytest.mark.parametrize("codec", [*CODECS, "blosc-lz4-9"])
+@pytest.mark.parametrize("is_compiled", [pytest.param(True, marks=compiled), False])
+def test_rows_of_many_chunks_are_taken_at_once(codec, is_compiled, monkeypatch):
+    if not is_compiled:
+        monkeypatch.setattr(codec_module, "COMPILED", None)
     chunks = Chunks(codec)
-    assert chunks.take()
+    chunks.take()
+    assert np.array_equal(chunks.out, chunks.expected)
+
+
+def test_rows_of_a_chunk_of_noise_are_taken_between_others():
+    """Blosc stores it raw, and of any other chunk compiled code says that it is done."""
+    chunks = Chunks()
+    noise = np.random.default_rng(0).integers(0, 256, (4, 20, 20), np.uint8)
+    chunks.encoded[2] = np.frombuffer(chunks.codec.encode(noise), np.uint8)
+    of_it = slice(chunks.first[2], chunks.first[3])
+    chunks.expected[chunks.to[of_it]] = noise[chunks.within[of_it]]
+    chunks.take()
     assert np.array_equal(chunks.out, chunks.expected)
 
 
@@ -223,53 +244,55 @@ def test_rows_that_are_too_long_for_the_caches_are_taken(shape, shift):
     memory = np.full(len(within) * field.row_nbytes + 32, 99, np.uint8)
     out = memory[shift : len(memory) - 32 + shift].reshape(-1, *shape)
     sources, sizes = np.array([encoded.ctypes.data]), np.array([len(encoded)])
-    first, scratch = np.array([0, len(within)]), np.empty(rows.nbytes, np.uint8)
-    assert codec.take_rows(sources, sizes, first=first, within=within, out=out, scratch=scratch)
-    assert np.array_equal(out, rows[within])
+    first, scratch = np.array([0, len(within)]), np.empty_like(rows)
+    to = rng.permutation(len(within))
+    codec.take_rows(sources, sizes, first=first, within=within, to=to, out=out, scratch=scratch)
+    assert np.array_equal(out[to], rows[within])
     assert (memory[:shift] == 99).all()
     assert (memory[len(memory) - 32 + shift :] == 99).all()
 
 
-@pytest.mark.parametrize("codec", ["blosc-lz4hc-5-shuffle", "blosc-zstd-3"])
-def test_rows_of_chunks_of_another_layout_are_left_to_python(codec):
-    assert not Chunks(codec).take()
-
-
-def test_rows_are_left_to_python_where_nothing_was_compiled(monkeypatch):
-    monkeypatch.setattr(codec_module, "COMPILED", None)
-    assert not Chunks().take()
-
-
-@compiled
 @pytest.mark.parametrize("number", range(5))
-def test_rows_of_chunks_are_left_to_python_if_a_bit_of_one_is_wrong(number):
+@pytest.mark.parametrize("is_compiled", [pytest.param(True, marks=compiled), False])
+def test_a_chunk_of_which_a_bit_is_wrong_is_named(number, is_compiled, monkeypatch):
+    if not is_compiled:
+        monkeypatch.setattr(codec_module, "COMPILED", None)
     for byte in range(40):
         chunks = Chunks()
         chunks.encoded[number][-byte if byte >= 24 else byte] ^= 1
-        assert not chunks.take()
-        done = chunks.first[number]
-        assert np.array_equal(chunks.out[:done], chunks.expected[:done])
-        assert (chunks.out[done:] == 99).all()
+        with pytest.raises(DamagedChunk, match="checksum") as error:
+            chunks.take()
+        assert error.value.place == number
 
 
-@compiled
 @pytest.mark.parametrize("word", range(6))
 @pytest.mark.parametrize("wrong", [0, 1, -1, 1 << 30])
-def test_rows_of_chunks_are_left_to_python_if_a_frame_says_something_else(word, wrong):
+def test_a_frame_that_says_something_else_gives_what_is_in_it_or_an_error(word, wrong):
     """Also where its checksum is right: somebody may have made it so."""
     chunks = Chunks()
-    words = chunks.encoded[2][:24].view("<u4")
+    encoded = chunks.encoded[2].copy()
+    words = encoded[:24].view("<u4")
     words[word] = words[word] ^ 0x810000 if word == 0 else np.uint32((int(words[word]) + wrong) % 2**32)
-    chunks.encoded[2][-4:] = np.frombuffer(crc32c(chunks.encoded[2][:-4]).to_bytes(4, "little"), np.uint8)
-    assert chunks.take() == (wrong == 0 and word > 0)
+    chunks.damage(2, encoded)
+    try:
+        chunks.take()
+    except DamagedChunk as error:
+        assert error.place == 2  # noqa: PT017  # either is right
+        assert wrong or not word
+        return
+    others = np.delete(chunks.to, np.s_[chunks.first[2] : chunks.first[3]])
+    assert np.array_equal(chunks.out[others], chunks.expected[others])
+    assert word not in (1, 3) or wrong == 0
 
 
-@compiled
-def test_block_that_does_not_decode_to_the_rows_is_left_to_python():
+def test_a_block_that_does_not_decode_to_the_rows_is_damaged():
     chunks = Chunks()
-    chunks.encoded[1][24:-4] = 0
-    chunks.encoded[1][-4:] = np.frombuffer(crc32c(chunks.encoded[1][:-4]).to_bytes(4, "little"), np.uint8)
-    assert not chunks.take()
+    encoded = chunks.encoded[1].copy()
+    encoded[24:-4] = 0
+    chunks.damage(1, encoded)
+    with pytest.raises(DamagedChunk, match="cannot decompress") as error:
+        chunks.take()
+    assert error.value.place == 1
 
 
 @compiled
@@ -283,18 +306,22 @@ def test_block_that_does_not_decode_to_the_rows_is_left_to_python():
         {"first": np.array([0, 9, 3, 4, 5, 6])},
         {"within": np.full(6, 4)},
         {"within": np.full(6, -1)},
+        {"to": np.array([0, 1, 2, 3, 4, 6])},
+        {"to": np.array([-1, 1, 2, 3, 4, 5])},
+        {"to": np.arange(5)},
         {"out": np.zeros(6 * 400 - 1, np.uint8)},
-        {"scratch": np.zeros(1599, np.uint8)},
     ],
     ids=str,
 )
 def test_sizes_that_do_not_match_are_refused_before_any_byte_is_read(changed):
     chunks = Chunks()
-    whole = {"first": np.array([0, 1, 2, 3, 4, 6]), "within": np.zeros(6, np.int64), "out": chunks.out[:6]}
-    assert chunks.take(**whole)
-    if "scratch" in changed:  # then it is another field's
-        assert not chunks.take(**whole | changed)
-        return
+    whole = {
+        "first": np.array([0, 1, 2, 3, 4, 6]),
+        "within": np.zeros(6, np.int64),
+        "to": np.arange(6),
+        "out": chunks.out[:6],
+    }
+    chunks.take(**whole)
     with pytest.raises(ValueError, match="matching sizes"):
         chunks.take(**whole | changed)
 
