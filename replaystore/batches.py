@@ -157,10 +157,17 @@ class Batches(TorchSampler[Any]):
             return drawn
 
     def _draws_now(self) -> int:
-        """How many draws to give at once: few at the ends of a pass, where workers wait for each other."""
+        """How many draws to give at once.
+
+        If the sampler has pools, those that end nearest to a pool's end; or else few at the ends of a
+        pass, where workers wait for each other.
+        """
         total, done, _ = self._pass
-        left = (total - done) // (4 * self._step)
-        return max(1, min(self._draws, 1 + done // self._step, left))
+        pool, step = self._sampler.pool, self._step * self._ranks
+        if pool > step:
+            left = pool - done * self._ranks % pool
+            return max(1, min(self._draws + 1, round(left / step) or round((left + pool) / step)))
+        return max(1, min(self._draws, 1 + done // self._step, (total - done) // (4 * self._step)))
 
     def _draw_once(self) -> Drawn | None:
         total, done, _ = self._pass

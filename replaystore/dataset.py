@@ -21,7 +21,7 @@ from replaystore.handover import leaves, map_leaves, memory_of
 from replaystore.index import EpisodeIndex
 from replaystore.loader import Loadable, Loader, Tensors
 from replaystore.reader import Allocate
-from replaystore.samplers import InOrder, Sampler, Shuffled, Uniform
+from replaystore.samplers import InOrder, Sampler, Uniform
 from replaystore.selection import Selection, check_sampler, check_window, item_of
 from replaystore.store import CACHE_BYTES, ReplayStore
 from replaystore.windows import Transition, Window, takes_seeds
@@ -78,15 +78,6 @@ class ReplayDataset(Loadable):
         if self._store is not None:
             self._store.close()
         self._store = self._selection = None
-
-    def reserve(self, sampler: Sampler | None) -> None:
-        """Keep as many decoded rows in memory as a sampler comes back to."""
-        if isinstance(sampler, Shuffled):
-            packed = [field.row_nbytes for field in self.store.schema.fields if field.packed]
-            nbytes = 2 * sampler.pool * sum(packed)
-            if nbytes > self._cache_bytes:
-                self._cache_bytes = nbytes
-                self.close()
 
     @property
     def commit(self) -> int:
@@ -212,7 +203,6 @@ class ReplayDataset(Loadable):
         """
         if sampler is None and not shuffle:
             sampler = InOrder()
-        self.reserve(sampler)
         return self._loader(
             batch_size,
             self._sampler(sampler, seed),

@@ -18,6 +18,7 @@ from replaystore.samplers import Sampler
 
 SENT_AT_ONCE = 1024  # items that a worker reads at once, as a message costs what 20 of them do
 SENT_BYTES = 1 << 26  # but no more than this, if that is not less than are drawn together
+POOL_BYTES = 1 << 27  # of a pool that are read at once
 
 Tensors = dict[str, Any]
 
@@ -91,11 +92,12 @@ class Loadable(Dataset[Tensors], Numbered, abc.ABC):
         arrays = self.read(*drawn[:3], parcel.allocate)
         return Items(arrays, parcel.filled(arrays))
 
-    def sent_at_once(self) -> int:
-        """How many items of small batches a worker reads at once."""
+    def _read_at_once(self, sampler: Sampler, num_workers: int) -> int:
+        """How many items of small batches are read at once."""
         if self.together == 1 or not len(self):
             return 1
-        return min(SENT_AT_ONCE, SENT_BYTES // self.item_nbytes)
+        sent = min(SENT_AT_ONCE, SENT_BYTES // self.item_nbytes) if num_workers else 1
+        return max(sent, min(sampler.pool, POOL_BYTES // self.item_nbytes))
 
     def batch(self, numbers: np.ndarray) -> Tensors:
         """Read items by number, as one dict of tensors with the batch first."""
@@ -120,7 +122,7 @@ class Loadable(Dataset[Tensors], Numbered, abc.ABC):
             seed=seed,
             drop_last=drop_last,
             together=self.together,
-            at_once=self.sent_at_once() if num_workers else 1,
+            at_once=self._read_at_once(sampler, num_workers),
         )
         return Loader(
             self,

@@ -150,8 +150,6 @@ class MixedDataset(Loadable):
         rest is as for `ReplayDataset.loader`.
         """
         sampler = self._sampler(samplers, seed)
-        for dataset, each in zip(self._datasets, samplers or (), strict=False):
-            dataset.reserve(each)
         return self._loader(
             batch_size,
             sampler,

@@ -40,6 +40,7 @@ class Mixture(Sampler):
         self._samplers = list(samplers)
         self._shares = _normalized(type(self).__name__, shares)
         self.is_adaptive = any(sampler.is_adaptive for sampler in samplers)
+        self.pool = max(sampler.pool for sampler in samplers)
         if len({id(sampler) for sampler in samplers}) < len(samplers):
             raise UsageError(
                 f"{type(self).__name__}: expected a sampler object for each share, got one twice"

@@ -36,6 +36,10 @@ class Sampler(abc.ABC):
     """Whether later draws depend on what is reported of earlier ones, so that none should be made
     further ahead than needed."""
 
+    pool: int = 1
+    """How many items of a pass are best read at once, from one multiple of this to the next: those that
+    share chunks."""
+
     @abc.abstractmethod
     def draw(self, items: EpisodeIndex, n: int, rng: np.random.Generator) -> Draw:
         """Draw n items of an index that has some; an epoch that ends sooner gives fewer."""
@@ -141,15 +145,15 @@ class InOrder(_ByEpoch):
 
 
 class Shuffled(_ByEpoch):
-    """Each item once a pass, in an order that reads each chunk once: the fast way offline.
+    """Each item once a pass, in an order that decodes each chunk about once: the fast way offline.
 
     Runs of `run` consecutive items come in random order; as many of them as make `pool` items are
     shuffled among each other at a time. So neighbours in an episode come within `pool` draws of
-    each other: a larger pool is closer to uniform. A loader gives the store a cache that holds the
-    rows of a pool.
+    each other, and a batch has items of up to `pool / run` runs: a larger pool and shorter runs are
+    closer to uniform. A loader reads a pool at once, up to 128 MiB of it, and so holds two of them.
     """
 
-    def __init__(self, *, pool: int = 4096, run: int = 256, seed: int | None = None) -> None:
+    def __init__(self, *, pool: int = 2048, run: int = 32, seed: int | None = None) -> None:
         for name, value in (("pool", pool), ("run", run)):
             if type(value) is not int or value < 1:
                 raise UsageError(f"{name}: expected an int from 1, got {value!r}")

@@ -136,6 +136,21 @@ def test_worker_reads_one_draw_at_once_if_it_is_large(limit, path, monkeypatch):
     assert set(sizes_read(ReplayDataset(path), workers=2)) == {8, 6}
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pool_is_read_at_once_from_its_beginning_to_its_end(workers, path, monkeypatch):
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
+    dataset = ReplayDataset(path)
+    loader = dataset.loader(4, sampler=Shuffled(pool=64, run=16), num_workers=workers)
+    assert [len(drawn.numbers) for drawn in loader.batch_sampler] == [64] * 14 + [910 - 14 * 64]
+    loader = dataset.loader(3, sampler=Shuffled(pool=64, run=16), num_workers=workers)
+    ends = np.cumsum([len(drawn.numbers) for drawn in loader.batch_sampler])
+    assert abs(ends[:14] - 64 * np.arange(1, 15)).max() <= 3, "two batches at a time, nearly a pool"
+    monkeypatch.setattr(replaystore.loader, "POOL_BYTES", 30 * dataset.item_nbytes)
+    monkeypatch.setattr(replaystore.loader, "SENT_AT_ONCE", 1)
+    loader = dataset.loader(4, sampler=Shuffled(pool=64, run=16), num_workers=workers)
+    assert [len(drawn.numbers) for drawn in loader.batch_sampler][:6] == [32, 32] * 3
+
+
 def test_what_a_transform_makes_may_be_large(path, monkeypatch):
     monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
     monkeypatch.setattr(replaystore.loader, "SENT_BYTES", 31 * ReplayDataset(path).item_nbytes)

@@ -9,6 +9,7 @@ import replaystore.arena
 import replaystore.codec
 import replaystore.reader
 from replaystore import Field, ReplayStore, Schema, Transition
+from replaystore.codec import ChunkCodec
 from replaystore.reader import Foresight
 
 
@@ -82,6 +83,28 @@ def test_no_transitions_of_an_empty_store_are_read_as_empty_arrays(tmp_path):
     with ReplayStore.open(tmp_path / "store") as store:
         batch = store.read(np.arange(0))
     assert (batch.observation.shape, batch.action.shape, batch.ids.shape) == ((0, 6, 6), (0,), (0,))
+
+
+def test_each_chunk_of_a_batch_is_decoded_once_whatever_the_order(tmp_path, monkeypatch):
+    with ReplayStore.create(tmp_path / "store", schema()) as store:
+        Recorder(store).step(500)
+    decoded, take_rows = [], ChunkCodec.take_rows
+
+    def note(codec, sources, *arguments, **named):
+        decoded.append(sources.tolist())
+        take_rows(codec, sources, *arguments, **named)
+
+    monkeypatch.setattr(ChunkCodec, "take_rows", note)
+    window = Transition(frame_stack=3)
+    with ReplayStore.open(tmp_path / "store", cache_bytes=0) as store:
+        in_order = store.read(np.arange(500), window)
+        numbers = np.random.default_rng(0).permutation(500)
+        shuffled = store.read(numbers, window)
+        rows = int(store.episodes["first_row"][-1].as_py() + store.episodes["length"][-1].as_py()) + 1
+    assert np.array_equal(shuffled.observation, in_order.observation[numbers])
+    assert len(decoded) == 2
+    for sources in decoded:
+        assert len(sources) == len(set(sources)) == -(-rows // 2), "chunks of two rows"
 
 
 @pytest.mark.parametrize("codec", ["blosc-lz4hc-5", "blosc-zstd-1"])

@@ -353,7 +353,7 @@ def test_windows_of_many_steps_are_drawn(make, tmp_path):
         (lambda: Uniform(replace=1), "replace: expected a bool, got 1"),
         (lambda: Uniform(replace=False, seed=-1), "seed: expected None or an int from 0"),
         (lambda: Uniform(replace=False, seed=1.0), "seed"),
-        (lambda: Shuffled(pool=100), "pool: expected a multiple of run=256, got 100"),
+        (lambda: Shuffled(pool=100), "pool: expected a multiple of run=32, got 100"),
         (lambda: Shuffled(run=0), "run: expected an int from 1, got 0"),
         (lambda: Shuffled(pool=True), "pool"),
         (lambda: Recent(), "expected fraction or half_life"),

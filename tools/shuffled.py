@@ -55,7 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("--frame-stack", type=int, default=1)
-    parser.add_argument("--pools", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument("--pools", type=int, nargs="+", default=[1024, 2048, 8192])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0)
     options = parser.parse_args()
