@@ -16,7 +16,7 @@ from replaystore.field import Field
 
 Nested: TypeAlias = "np.ndarray | dict[str, Nested] | tuple[Nested, ...]"
 
-FILE_ROWS = 131072  # rows of all environments in a flat file
+FILE_ROWS = 262144  # rows of all environments in a flat file: whole huge pages of 8-byte values
 MIN_FILE_ROWS = 4096  # rows of one environment in a flat file: whole pages of any dtype
 SHARD_CHUNKS = 1024  # chunks of all environments in a shard of a packed field
 MAX_FILE_ROWS = 1 << 22  # or chunks in a shard

@@ -5,12 +5,13 @@ import os
 import resource
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from replaystore import files
-from replaystore.files import MAX_STRETCHES, PAGE, map_whole, populate, prefetch
+from replaystore.files import HUGE_PAGE, MAX_STRETCHES, PAGE, AddressRange, map_whole, populate, prefetch
 
 
 def test_file_that_is_replaced_meanwhile_is_mapped_as_it_was_or_as_it_is(tmp_path):
@@ -33,6 +34,22 @@ def test_file_that_is_replaced_meanwhile_is_mapped_as_it_was_or_as_it_is(tmp_pat
         done.set()
         thread.join()
     assert {(len(data), *np.unique(data).tolist()) for data in found} == {(9000, 97), (100, 98)}
+
+
+def mapped_bytes():
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ends = [line.split(" ", 1)[0].split("-") for line in lines]
+    return sum(int(stop, 16) - int(start, 16) for start, stop in ends)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the maps of a process are read from /proc")
+def test_addresses_begin_at_a_huge_page_and_none_are_kept_besides():
+    before, size = mapped_bytes(), 2 * HUGE_PAGE + 3 * PAGE
+    ranges = [AddressRange(size - 1) for _ in range(50)]
+    assert all(each.address % HUGE_PAGE == 0 for each in ranges)
+    assert 50 * size <= mapped_bytes() - before < 51 * size
+    del ranges
+    assert mapped_bytes() - before < size
 
 
 def test_empty_file_is_mapped_as_no_bytes(tmp_path):

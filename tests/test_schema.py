@@ -7,6 +7,7 @@ from test_windows import FLAGS
 
 from replaystore import Field, Schema, SchemaError
 from replaystore.errors import LimitError
+from replaystore.files import HUGE_PAGE
 
 REWARD = Field("reward", (), "float64")
 OBSERVATION, ACTION = Field("observation", (2,), "float32"), Field("action", (), "int64")
@@ -243,6 +244,12 @@ def test_flat_files_are_whole_pages_of_any_field(num_envs, file_rows):
     assert rows & (rows - 1) == 0
     assert rows == 4096 or rows * num_envs <= file_rows
     assert schema.shard_rows(schema.by_name["reward"], num_envs) == rows
+
+
+def test_flat_files_of_8_byte_values_are_whole_huge_pages():
+    schema = small_schema()
+    for num_envs in (1, 4, 64):
+        assert schema.time_chunk(num_envs) * num_envs * 8 % HUGE_PAGE == 0
 
 
 @pytest.mark.parametrize("num_envs", [1, 3, 64, 1024, 5000])
