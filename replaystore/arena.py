@@ -22,10 +22,13 @@ from replaystore.packed import Shard, open_shard
 from replaystore.schema import Schema
 
 MIN_CACHE = 100  # chunks, below which a cache is not worth its bookkeeping
-PIECE_ROWS = 1 << 15  # prepared at once
+PIECE_ROWS = 1 << 14  # prepared at once
 MAX_COPIED = 4096  # indices of shards kept in memory, so that they are read from disk but once
-MAX_SHARDS = 8192  # mapped at once, of the 65,530 maps that Linux allows a process
+MAX_SHARDS = (
+    1 << 14
+)  # no fewer than the rows of a piece; mapped at once, of the 65,530 maps that Linux allows a process
 ONLY = np.zeros(1, np.int64)
+HASH = 0x1E3779B97F4A7C15  # odd; the upper bits of a multiple differ where numbers do
 NOTHING = -1  # in a slot; as an index, the last entry, which no chunk has
 
 
@@ -114,15 +117,15 @@ class PackedColumn:
             take_piece(chunks[piece], within[piece], out[piece])
 
     def _take_piece(self, chunks: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
-        """Decode each chunk once: 16 bits of their numbers bring its rows together, and are quickly sorted."""
-        to = chunks.astype(np.uint16).argsort(kind="stable")
+        """Decode each chunk once: sorting a hash of 16 bits, which is quick, brings its rows together."""
+        to = (chunks * HASH >> 48).astype(np.uint16).argsort(kind="stable")
         chunks = chunks.take(to)
         bounds = np.flatnonzero(chunks[1:] != chunks[:-1]) + 1
         first = np.concatenate(([0], bounds, [len(chunks)]))
-        self._decode(chunks.take(first[:-1]), first, within.take(to), to, out)
+        self._take_rows(chunks.take(first[:-1]), out, first=first, within=within.take(to), to=to)
 
-    def _decode(
-        self, chunks: np.ndarray, first: np.ndarray, within: np.ndarray, to: np.ndarray, out: np.ndarray
+    def _take_rows(
+        self, chunks: np.ndarray, out: np.ndarray, *, first: np.ndarray, within: np.ndarray, to: np.ndarray
     ) -> None:
         """Copy rows of each chunk, as `ChunkCodec.take_rows`."""
         start, nbytes = self._where(chunks)
@@ -141,9 +144,7 @@ class PackedColumn:
             pinned[held[held > 0] - 1] = True
             free = len(pinned) - np.count_nonzero(pinned)
             if len(missing) > free:
-                half = len(chunks) // 2
-                self._take_cached(chunks[:half], within[:half], out[:half])
-                self._take_cached(chunks[half:], within[half:], out[half:])
+                self._take_piece(chunks, within, out)
                 return
             self._fetch(missing, pinned)
             held = self._slots.take(chunks)
@@ -160,7 +161,7 @@ class PackedColumn:
         each = np.arange(self._field.chunk_rows)
         to = (slots[:, None] * len(each) + each).ravel()
         first = np.arange(len(slots) + 1) * len(each)
-        self._decode(missing, first, np.tile(each, len(slots)), to, self._arena)
+        self._take_rows(missing, self._arena, first=first, within=np.tile(each, len(slots)), to=to)
         self._holds[slots] = missing
         self._slots[missing] = slots + 1
         self._hand = int(slots[-1] + 1) % len(self._holds)

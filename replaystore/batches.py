@@ -166,7 +166,7 @@ class Batches(TorchSampler[Any]):
         pool, step = self._sampler.pool, self._step * self._ranks
         if pool > step:
             left = pool - done * self._ranks % pool
-            return max(1, min(self._draws + 1, round(left / step) or round((left + pool) / step)))
+            return max(1, min(self._draws, round(left / step) or round((left + pool) / step)))
         return max(1, min(self._draws, 1 + done // self._step, (total - done) // (4 * self._step)))
 
     def _draw_once(self) -> Drawn | None:

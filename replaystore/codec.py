@@ -64,10 +64,6 @@ class Frames(NamedTuple):
     lz4_sizes: list[int]
     plain: list[bool]
 
-    def of(self, number: int) -> tuple[int, int, bool]:
-        """Those of one chunk."""
-        return self.sources[number], self.lz4_sizes[number], self.plain[number]
-
 
 class ChunkCodec:
     """Encodes and decodes the chunks of one packed field."""
@@ -117,27 +113,17 @@ class ChunkCodec:
             done = COMPILED.take_rows(
                 sources, sizes, first, within, to, out, scratch, self._row_nbytes, LZ4_ADDRESS, CRC32C_ADDRESS
             )
-        if done < len(sources):  # what compiled code does not know, and damage, which it does not name
-            self._take_rest(done, self.check(sources, sizes), first, within, to, out, scratch)
-
-    def _take_rest(
-        self,
-        start: int,
-        frames: "Frames",
-        first: np.ndarray,
-        within: np.ndarray,
-        to: np.ndarray,
-        out: np.ndarray,
-        scratch: np.ndarray,
-    ) -> None:
+        if done == len(sources):
+            return
+        frames = self.check(sources, sizes)  # names damage, which compiled code leaves to Python as well
         wanted = ((np.maximum.reduceat(within, first[:-1]) + 1) * self._row_nbytes).tolist()
-        address, sources, targets = scratch.ctypes.data, within.tolist(), to.tolist()
-        for number, (begin, end) in enumerate(itertools.pairwise(first[start:].tolist()), start):
+        address, each_within, each_to = scratch.ctypes.data, within.tolist(), to.tolist()
+        for number, (begin, end) in enumerate(itertools.pairwise(first[done:].tolist()), done):
             self._decode(frames, number, address, wanted[number])
-            for row in range(begin, end):
-                out[targets[row]] = scratch[sources[row]]
+            for row in range(begin, end):  # mostly few, and then faster than numpy for all of them
+                out[each_to[row]] = scratch[each_within[row]]
 
-    def check(self, sources: np.ndarray, sizes: np.ndarray) -> "Frames":
+    def check(self, sources: np.ndarray, sizes: np.ndarray) -> Frames:
         """Check the checksums and headers of encoded chunks in memory, by address and size.
 
         Raises `DamagedChunk` for the first one that is not as it was, or whose frame does not
@@ -159,14 +145,14 @@ class ChunkCodec:
         plain &= (header[:, 4] == 20) & (header[:, 5] == sizes - 28)
         return Frames(sources.tolist(), (sizes - 28).tolist(), (plain & bool(lz4_prefix)).tolist())
 
-    def _decode(self, frames: "Frames", number: int, target: int, wanted: int) -> None:
+    def _decode(self, frames: Frames, number: int, target: int, wanted: int) -> None:
         """Decompress the first `wanted` bytes of a checked chunk, or more, to an address.
 
         There is room for a whole chunk. Of a plain lz4 block only what is wanted is decoded, which for
         long chunks saves a good part.
         """
-        source, lz4_size, is_plain = frames.of(number)
-        if is_plain and lz4_prefix(source + 24, target, lz4_size, wanted, wanted) == wanted:
+        source, lz4_size = frames.sources[number], frames.lz4_sizes[number]
+        if frames.plain[number] and lz4_prefix(source + 24, target, lz4_size, wanted, wanted) == wanted:
             return
         if blosc_decompress(source, target, self._nbytes, 1) != self._nbytes:
             raise DamagedChunk(number, "blosc cannot decompress the chunk")

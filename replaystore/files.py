@@ -306,7 +306,7 @@ def _open_regular(path: Path, flags: int) -> int:
 class AddressRange:
     """Reserved addresses into which files are mapped, read-only, one behind the other.
 
-    They begin where a huge page does: where the page cache holds a file in huge pages, as it holds what
+    Large ones begin where a huge page does: where the page cache holds a file in huge pages, as it holds what
     was written in large pieces, the kernel then maps those, and rows are found without walking page tables.
     `np.asarray(range)` is its bytes; the addresses stay valid as long as the range or such an
     array lives. Reading where nothing was placed ends the process, so callers check first.
@@ -315,13 +315,16 @@ class AddressRange:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = max(1, -(-nbytes // PAGE)) * PAGE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        slack = HUGE_PAGE if self.nbytes >= HUGE_PAGE else 0
         try:
-            start = _map(None, self.nbytes + HUGE_PAGE, 0, flags, -1)
+            start = _map(None, self.nbytes + slack, 0, flags, -1)
         except OSError as error:
             raise LimitError(f"cannot set aside {self.nbytes} bytes of addresses: {error}") from error
-        self.address = (start // HUGE_PAGE + 1) * HUGE_PAGE
-        _libc.munmap(start, self.address - start)
-        _libc.munmap(self.address + self.nbytes, start + HUGE_PAGE - self.address)
+        self.address = start
+        if slack:
+            self.address = (start // HUGE_PAGE + 1) * HUGE_PAGE
+            _libc.munmap(start, self.address - start)
+            _libc.munmap(self.address + self.nbytes, start + slack - self.address)
         finalizer = weakref.finalize(self, _libc.munmap, self.address, self.nbytes)
         finalizer.atexit = False  # a thread may still read while the interpreter shuts down
 

@@ -40,7 +40,10 @@ class Mixture(Sampler):
         self._samplers = list(samplers)
         self._shares = _normalized(type(self).__name__, shares)
         self.is_adaptive = any(sampler.is_adaptive for sampler in samplers)
-        self.pool = max(sampler.pool for sampler in samplers)
+        self.pool = max(
+            1 if sampler.pool == 1 else round(sampler.pool / share)
+            for sampler, share in zip(samplers, self._shares, strict=True)
+        )
         if len({id(sampler) for sampler in samplers}) < len(samplers):
             raise UsageError(
                 f"{type(self).__name__}: expected a sampler object for each share, got one twice"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 SMALLEST = 1 << 17  # bytes; below, the C library uses its memory again by itself
-LARGEST = 1 << 28
+LARGEST = 1 << 27
 KEPT = 4  # pieces of memory without a user
 
 

@@ -86,7 +86,7 @@ class Uniform(Sampler):
         if self._epoch is None:
             length = float(len(items))
             numbers = rng.random(n)  # a third of the time of rng.integers
-            np.multiply(numbers, length, out=numbers)
+            numbers *= length
             numbers = numbers.astype(np.int64)
             probabilities = np.empty(n)
             probabilities.fill(1 / length)
@@ -150,7 +150,8 @@ class Shuffled(_ByEpoch):
     Runs of `run` consecutive items come in random order; as many of them as make `pool` items are
     shuffled among each other at a time. So neighbours in an episode come within `pool` draws of
     each other, and a batch has items of up to `pool / run` runs: a larger pool and shorter runs are
-    closer to uniform. A loader reads a pool at once, up to 128 MiB of it, and so holds two of them.
+    closer to uniform. `dataset.loader` reads a pool at once, or 128 MiB of it, and is fast by that: in
+    `store.sample` each draw decodes anew, and ranks of `torch.distributed` each decode all of a pool.
     """
 
     def __init__(self, *, pool: int = 2048, run: int = 32, seed: int | None = None) -> None:

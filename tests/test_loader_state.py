@@ -12,7 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import replaystore.dataset
 import replaystore.loader
-from replaystore import Field, ReplayStore, Schema, Transition, UsageError
+from replaystore import Field, ReplayStore, Schema, Sequence, Transition, UsageError
 from replaystore.dataset import ReplayDataset
 from replaystore.mixtures import Mixed, Stratified
 from replaystore.prioritized import Once, Prioritized
@@ -148,7 +148,23 @@ def test_a_pool_is_read_at_once_from_its_beginning_to_its_end(workers, path, mon
     monkeypatch.setattr(replaystore.loader, "POOL_BYTES", 30 * dataset.item_nbytes)
     monkeypatch.setattr(replaystore.loader, "SENT_AT_ONCE", 1)
     loader = dataset.loader(4, sampler=Shuffled(pool=64, run=16), num_workers=workers)
-    assert [len(drawn.numbers) for drawn in loader.batch_sampler][:6] == [32, 32] * 3
+    assert [len(drawn.numbers) for drawn in loader.batch_sampler][:6] == [24, 24, 16] * 2
+
+
+def test_what_is_not_read_together_is_not_read_by_pools(path):
+    dataset, sampler = ReplayDataset(path), Shuffled(pool=64, run=16)
+    assert [len(drawn.numbers) for drawn in dataset.batches(30, sampler)] == [30] * 30 + [10]
+    sequences = ReplayDataset(path, Sequence(2)).loader(3, sampler=sampler)
+    assert {len(drawn.numbers) for drawn in sequences.batch_sampler} <= {3, 2, 1}
+    adaptive = Mixed([(sampler, 1), (Prioritized(), 1)])
+    assert set(map(len, (drawn.numbers for drawn in dataset.loader(35, sampler=adaptive).batch_sampler))) == {
+        35
+    }
+
+
+def test_of_a_share_of_a_pool_as_many_items_are_read_as_hold_a_whole_one():
+    assert Mixed([(Uniform(), 3), (Shuffled(pool=64, run=16), 1)]).pool == 256
+    assert Mixed([(Uniform(), 3), (InOrder(), 1)]).pool == 1
 
 
 def test_what_a_transform_makes_may_be_large(path, monkeypatch):

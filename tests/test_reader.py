@@ -1,5 +1,7 @@
 """Asking for pages ahead: when it is done, and that what is read stays the same."""
 
+import shutil
+
 import numpy as np
 import pytest
 from recording import Recorder, schema
@@ -85,9 +87,13 @@ def test_no_transitions_of_an_empty_store_are_read_as_empty_arrays(tmp_path):
     assert (batch.observation.shape, batch.action.shape, batch.ids.shape) == ((0, 6, 6), (0,), (0,))
 
 
-def test_each_chunk_of_a_batch_is_decoded_once_whatever_the_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("slots", [0, 20], ids=["no cache", "a cache that is too small"])
+def test_each_chunk_of_a_batch_is_decoded_once_whatever_the_order(slots, tmp_path, monkeypatch):
+    """Also those of several streams, whose numbers have many bits in common."""
     with ReplayStore.create(tmp_path / "store", schema()) as store:
-        Recorder(store).step(500)
+        Recorder(store).step(100)
+    for stream in ("000001", "000002"):
+        shutil.copytree(tmp_path / "store/streams/000000", tmp_path / "store/streams" / stream)
     decoded, take_rows = [], ChunkCodec.take_rows
 
     def note(codec, sources, *arguments, **named):
@@ -95,16 +101,18 @@ def test_each_chunk_of_a_batch_is_decoded_once_whatever_the_order(tmp_path, monk
         take_rows(codec, sources, *arguments, **named)
 
     monkeypatch.setattr(ChunkCodec, "take_rows", note)
+    monkeypatch.setattr(replaystore.arena, "MIN_CACHE", 10)
     window = Transition(frame_stack=3)
-    with ReplayStore.open(tmp_path / "store", cache_bytes=0) as store:
-        in_order = store.read(np.arange(500), window)
-        numbers = np.random.default_rng(0).permutation(500)
+    cache_bytes = slots * schema().by_name["observation"].chunk_nbytes
+    with ReplayStore.open(tmp_path / "store", cache_bytes=cache_bytes) as store:
+        in_order = store.read(np.arange(300), window)
+        numbers = np.random.default_rng(0).permutation(300)
         shuffled = store.read(numbers, window)
-        rows = int(store.episodes["first_row"][-1].as_py() + store.episodes["length"][-1].as_py()) + 1
+        last = store.episodes.to_pylist()[-1]
     assert np.array_equal(shuffled.observation, in_order.observation[numbers])
     assert len(decoded) == 2
     for sources in decoded:
-        assert len(sources) == len(set(sources)) == -(-rows // 2), "chunks of two rows"
+        assert len(sources) == len(set(sources)) == 3 * ((last["first_row"] + last["length"] + 2) // 2)
 
 
 @pytest.mark.parametrize("codec", ["blosc-lz4hc-5", "blosc-zstd-1"])

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare epochs of `Shuffled` with uniform draws: how fast they are, and how far from uniform.
 
-    python tools/shuffled.py STORE --frame-stack 4 --pools 1024 4096 16384
+    python tools/shuffled.py STORE --frame-stack 4 --pools 1024 2048 8192
 
 Turns are taken between the samplers, in one process, in batches of 256; rates are medians. What is
 told of the order: of two transitions that follow each other in an episode, how far apart they come
