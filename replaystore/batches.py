@@ -71,7 +71,8 @@ class Batches(TorchSampler[Any]):
     draw the same from the same commit, which they agree on here, and each keeps its own share.
     `together` is how many items a loader wants to be drawn at once, which then says what it has given;
     without it, batches come one at a time and are given when they are drawn. Up to `at_once` items of
-    several draws come at once, so that how many are read at once changes nothing of what is drawn.
+    several draws come at once, so that how many are read at once changes nothing of what is drawn; of a
+    sampler with pools, that many are one draw, which ends where a pool does.
     """
 
     def __init__(
@@ -99,7 +100,10 @@ class Batches(TorchSampler[Any]):
         if together is None or self._sampler.is_adaptive:
             together = at_once = 1
         self._step = max(1, together // batch_size) * batch_size  # items of a draw
-        self._draws = max(1, at_once // self._step)
+        self._most = max(1, at_once // batch_size)  # batches of a pool that are drawn at once
+        pool = self._sampler.pool // self._ranks
+        self._pool = pool if self._step < min(pool, at_once) else 0  # this rank's items of one, if it matters
+        self._draws = 1 if self._pool else max(1, at_once // self._step)
         self._lock = threading.Lock()
         self._pass = _Pass(0, 0, is_over=True)
         self._is_restored = False
@@ -157,21 +161,22 @@ class Batches(TorchSampler[Any]):
             return drawn
 
     def _draws_now(self) -> int:
-        """How many draws to give at once.
-
-        If the sampler has pools, those that end nearest to a pool's end; or else few at the ends of a
-        pass, where workers wait for each other.
-        """
+        """How many draws to give at once: few at the ends of a pass, where workers wait for each other."""
         total, done, _ = self._pass
-        pool, step = self._sampler.pool, self._step * self._ranks
-        if pool > step:
-            left = pool - done * self._ranks % pool
-            return max(1, min(self._draws, round(left / step) or round((left + pool) / step)))
-        return max(1, min(self._draws, 1 + done // self._step, (total - done) // (4 * self._step)))
+        left = (total - done) // (4 * self._step)
+        return max(1, min(self._draws, 1 + done // self._step, left))
+
+    def _items_now(self) -> int:
+        """How many items to draw: of pools, those of the batches that end nearest to a pool's end."""
+        if self._pool == 0:
+            return self._step
+        left = self._pool - self._pass.drawn % self._pool
+        batches = round(left / self.size) or round((left + self._pool) / self.size)
+        return min(batches, self._most) * self.size
 
     def _draw_once(self) -> Drawn | None:
         total, done, _ = self._pass
-        n = min(self._step, total - done)
+        n = min(self._items_now(), total - done)
         if self._drop_last:
             n = n // self.size * self.size
         if n <= 0:

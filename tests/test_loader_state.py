@@ -148,7 +148,7 @@ def test_a_pool_is_read_at_once_from_its_beginning_to_its_end(workers, path, mon
     monkeypatch.setattr(replaystore.loader, "POOL_BYTES", 30 * dataset.item_nbytes)
     monkeypatch.setattr(replaystore.loader, "SENT_AT_ONCE", 1)
     loader = dataset.loader(4, sampler=Shuffled(pool=64, run=16), num_workers=workers)
-    assert [len(drawn.numbers) for drawn in loader.batch_sampler][:6] == [24, 24, 16] * 2
+    assert [len(drawn.numbers) for drawn in loader.batch_sampler][:6] == [28, 28, 8] * 2
 
 
 def test_what_is_not_read_together_is_not_read_by_pools(path):
