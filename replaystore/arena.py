@@ -24,9 +24,7 @@ from replaystore.schema import Schema
 MIN_CACHE = 100  # chunks, below which a cache is not worth its bookkeeping
 PIECE_ROWS = 1 << 14  # prepared at once
 MAX_COPIED = 4096  # indices of shards kept in memory, so that they are read from disk but once
-MAX_SHARDS = (
-    1 << 14
-)  # no fewer than the rows of a piece; mapped at once, of the 65,530 maps that Linux allows a process
+MAX_SHARDS = PIECE_ROWS  # mapped at once, of the 65,530 maps that Linux allows a process
 ONLY = np.zeros(1, np.int64)
 HASH = 0x1E3779B97F4A7C15  # odd; the upper bits of a multiple differ where numbers do
 NOTHING = -1  # in a slot; as an index, the last entry, which no chunk has

@@ -55,8 +55,11 @@ class Drawn(NamedTuple):
 
 
 def _joined(draws: list[Drawn]) -> Drawn:
-    """Several draws of one commit as one."""
+    """Several draws of one commit as one; those without weights weigh 1 beside others."""
     numbers, weights, seeds, commits = zip(*draws, strict=True)
+    if any(each is not None for each in weights):
+        ones = [np.ones(len(each), np.float32) for each in numbers]
+        weights = tuple(one if each is None else each for one, each in zip(ones, weights, strict=True))
 
     def joined(parts: tuple[Any, ...]) -> Any:
         return None if parts[0] is None else np.concatenate(parts)

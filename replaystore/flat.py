@@ -50,14 +50,19 @@ def file_checksum(path: Path, field: Field, rows: np.ndarray, nbytes: int) -> in
     """`committed_checksum` of a file's first `nbytes`, read piece by piece."""
     stride = len(rows) * field.row_nbytes
     even = min(int(np.clip(rows.min(), 0, None)) * stride, nbytes)
-    crc = 0
-    for piece in read_pieces(path, even):
-        crc = crc32c(piece, crc)
+    crc = _checksum_of_first(path, even)
     if even == nbytes:
         return crc
     data = read_range(path, even, nbytes - even)
     cells = np.frombuffer(data, field.dtype).reshape(-1, len(rows), *field.shape)
     return committed_checksum(cells, rows - even // stride, crc)
+
+
+def _checksum_of_first(path: Path, nbytes: int) -> int:
+    crc = 0
+    for piece in read_pieces(path, nbytes):
+        crc = crc32c(piece, crc)
+    return crc
 
 
 def _as_bytes(cells: np.ndarray) -> np.ndarray:
@@ -82,7 +87,7 @@ class FlatWriter:
         number = floor // self._time_chunk
         nbytes = (floor - number * self._time_chunk) * self._stride
         path = chunk_path(self._path, number, self._ndim)
-        self.state = FlatState(floor, top, crc32c(read_range(path, 0, nbytes)) if nbytes else 0)
+        self.state = FlatState(floor, top, _checksum_of_first(path, nbytes) if nbytes else 0)
 
     def cells(self, top: int) -> np.ndarray:
         """An array for the rows from the state's floor to `top`, holding those already written."""

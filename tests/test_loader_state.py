@@ -176,6 +176,26 @@ def test_what_a_transform_makes_may_be_large(path, monkeypatch):
     assert not calls, "it runs where batches are read, and nowhere else"
 
 
+class NowAndThen(Uniform):
+    """Weighs every other draw."""
+
+    count = 0
+
+    def draw(self, items, n, rng):
+        self.count += 1
+        draw = super().draw(items, n, rng)
+        return draw._replace(weights=np.full(n, 0.5, np.float32) if self.count % 2 == 0 else None)
+
+
+def test_weights_of_some_draws_are_kept_beside_those_of_none(path, monkeypatch):
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
+    found = []
+    for workers in (0, 2):
+        loader = ReplayDataset(path).loader(4, sampler=NowAndThen(), seed=0, num_workers=workers)
+        found.append(torch.cat([batch["weights"] for batch in loader]).tolist())
+    assert found[0] == found[1] == ([1] * 8 + [0.5] * 8) * 56 + [1] * 8 + [0.5] * 6
+
+
 def draw_passes(batches, passes, found):
     for _ in range(passes):
         for batch in batches:
