@@ -42,6 +42,12 @@ def stream_path(root: Path, stream: int) -> Path:
     return root / "streams" / f"{stream:06d}"
 
 
+def run_bounds(chunks: np.ndarray) -> np.ndarray:
+    """Where each run of rows of one chunk begins, and where the last one ends."""
+    bounds = np.flatnonzero(chunks[1:] != chunks[:-1]) + 1
+    return np.concatenate(([0], bounds, [len(chunks)]))
+
+
 class PackedColumn:
     """One packed field of all streams, and its part of the arena."""
 
@@ -118,8 +124,7 @@ class PackedColumn:
         """Decode each chunk once: sorting a hash of 16 bits, which is quick, brings its rows together."""
         to = (chunks * HASH >> 48).astype(np.uint16).argsort(kind="stable")
         chunks = chunks.take(to)
-        bounds = np.flatnonzero(chunks[1:] != chunks[:-1]) + 1
-        first = np.concatenate(([0], bounds, [len(chunks)]))
+        first = run_bounds(chunks)
         self._take_rows(chunks.take(first[:-1]), out, first=first, within=within.take(to), to=to)
 
     def _take_rows(

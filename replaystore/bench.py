@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from replaystore.arena import run_bounds
 from replaystore.codec import ChunkCodec
 from replaystore.errors import UsageError
 from replaystore.field import MAX_CHUNK_ROWS, Field
@@ -235,7 +236,7 @@ def _take(
     A chunk that several items need is decoded for each of them, as in a large store hardly any is.
     """
     number, within = np.divmod(rows, field.chunk_rows)
-    first = np.concatenate(([0], np.flatnonzero(np.diff(number)) + 1, [len(rows)]))
+    first = run_bounds(number)
     starts, sizes = (column[number[first[:-1]]] for column in chunks)
     scratch, to = np.empty((field.chunk_rows, *field.shape), field.dtype), np.arange(len(rows))
     codec.take_rows(starts, sizes, first=first, within=within, to=to, out=out, scratch=scratch)

@@ -70,7 +70,8 @@ class Mixed(Mixture):
     """A weighted mixture of samplers over the same items: `Mixed([(Uniform(), 1), (Recent(…), 3)])`.
 
     `Draw.probabilities` are those of the mixture, the sum over the samplers of share times
-    probability, where a `Once` says what it has left after the draw. `Draw.weights` are those of the sampler that drew an item, 1 where it has none.
+    probability, where a `Once` says what it has left after the draw. `Draw.weights` are those of the
+    sampler that drew an item, 1 where it has none.
     """
 
     def __init__(self, samplers: Sequence[tuple[Sampler, float]]) -> None:

@@ -186,7 +186,7 @@ class Transition:
             _pad(rows.before, arrays, schema)
         reward, discount = self._returns(rows, arrays["reward"], arrays["terminated"])
         now, after = self._views
-        return Batch(
+        return Batch(  # by place: by name takes twice as long
             schema.nest("observation", arrays, now),
             schema.nest("action", arrays),
             reward,

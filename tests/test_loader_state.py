@@ -157,9 +157,8 @@ def test_what_is_not_read_together_is_not_read_by_pools(path):
     sequences = ReplayDataset(path, Sequence(2)).loader(3, sampler=sampler)
     assert {len(drawn.numbers) for drawn in sequences.batch_sampler} <= {3, 2, 1}
     adaptive = Mixed([(sampler, 1), (Prioritized(), 1)])
-    assert set(map(len, (drawn.numbers for drawn in dataset.loader(35, sampler=adaptive).batch_sampler))) == {
-        35
-    }
+    loader = dataset.loader(35, sampler=adaptive)
+    assert {len(drawn.numbers) for drawn in loader.batch_sampler} == {35}
 
 
 def test_of_a_share_of_a_pool_as_many_items_are_read_as_hold_a_whole_one():
