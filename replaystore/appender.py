@@ -38,6 +38,8 @@ class Ended(NamedTuple):
     env: np.ndarray
     first: np.ndarray
     length: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
 
 
 class Appender(abc.ABC):
@@ -58,7 +60,7 @@ class Appender(abc.ABC):
         self._rows: list[int] = head.rows.tolist()
         self._open: list[OpenEpisode | None] = [None] * self._num_envs
         self._closed: list[Episode] = []  # in no commit yet
-        self._log: list[tuple[int, int, int]] = []  # env, first row and length of those not yet taken
+        self._log: list[tuple[int, ...]] = []  # what `Ended` needs of those not yet taken
         self._changes = 0
         self._set_room(head)
         self._resume(head)
@@ -393,8 +395,8 @@ class Appender(abc.ABC):
         record = episode.record
         if record.length > 0 and not any(record is entered for entered in self._closed[-self._num_envs :]):
             self._closed.append(record)
-        if record.length > 0 and record[:3] not in self._log[-self._num_envs :]:
-            self._log.append(record[:3])
+        if record.length > 0 and record[:5] not in self._log[-self._num_envs :]:
+            self._log.append(record[:5])
         self._changes += 1
         self._open[env] = None
 
@@ -451,22 +453,23 @@ class Appender(abc.ABC):
 
     def forget_taken(self) -> None:
         """Give the episodes that are in no commit once more, to a reader that begins from the head."""
-        self._log = [episode[:3] for episode in self._closed]
+        self._log = [episode[:5] for episode in self._closed]
 
     def take_ended(self) -> Ended:
         """Episodes that ended since the last call."""
         self._settle_all()
         log, self._log = self._log, []
-        return Ended(*np.array(log, np.int64).reshape(-1, 3).T)
+        return Ended(*np.array(log, np.int64).reshape(-1, 5).T)
 
-    def open_episodes(self) -> Ended:
-        """Open episodes of at least one transition."""
+    def open_episodes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Environment, first row and length of the open episodes of at least one transition."""
         found = [
             (env, episode.first_row, self._rows[env] - 1 - episode.first_row)
             for env, episode in enumerate(self._open)
             if episode is not None and self._rows[env] - 1 > episode.first_row
         ]
-        return Ended(*np.array(found, np.int64).reshape(-1, 3).T)
+        env, first, length = np.array(found, np.int64).reshape(-1, 3).T
+        return env, first, length
 
     def uncommitted(self) -> pa.Table:
         """The episodes that closed since the last commit, and the open ones."""
@@ -502,4 +505,4 @@ class Appender(abc.ABC):
             self._changes += 1
             if ended.length:
                 self._closed.append(ended)
-                self._log.append(ended[:3])
+                self._log.append(ended[:5])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from replaystore.appender import Ended
 from replaystore.arena import stream_path
 from replaystore.episodes import above, episode_schema, integers, open_part, part_path
 from replaystore.errors import CorruptionError, SnapshotExpired, StoreGone
@@ -23,7 +24,7 @@ from replaystore.head import (
 )
 from replaystore.index import EpisodeIndex
 from replaystore.reader import check_files
-from replaystore.schema import Schema
+from replaystore.schema import FLAGS, Schema
 from replaystore.writer import StreamWriter
 
 
@@ -203,7 +204,7 @@ class Catalog:
             skip = done_episodes if number == done_parts else 0
             if number >= done_parts:
                 before = None if head.evicted is None else {stream: start + skip}
-                self.index.append(stream, *_places(table.slice(skip)), before=before)
+                self.index.append(stream, *_ended(table.slice(skip)), before=before)
             start += len(table)
         self._indexed[stream] = head.next_part, len(head.episodes)
 
@@ -222,7 +223,7 @@ class Catalog:
         by_stream = np.argsort(order, kind="stable")
         assert np.array_equal(order[by_stream], np.repeat(sorted(heads), counts)), (counts, order)
         columns = []
-        for values in zip(*map(_places, tables.values()), strict=True):
+        for values in zip(*map(_ended, tables.values()), strict=True):
             column = np.empty(len(order), np.int64)
             column[by_stream] = np.concatenate(values)
             columns.append(column)
@@ -297,13 +298,12 @@ def _fitted(order: np.ndarray, stream: int, count: int) -> np.ndarray:
     return np.concatenate([np.full(max(0, count - len(here)), stream), rest])
 
 
-def _places(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    env, first, length = (integers(table, name) for name in ("env", "first_row", "length"))
-    return env, first, length
+def _ended(table: pa.Table) -> Ended:
+    return Ended(*(integers(table, name) for name in ("env", "first_row", "length", *FLAGS)))
 
 
 def _open_places(head: Head) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    env, first, length = _places(head.open)
+    env, first, length, *_ = _ended(head.open)
     some = length > 0
     return env[some], first[some], length[some]
 

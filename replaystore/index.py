@@ -31,7 +31,9 @@ _versions = itertools.count(1)
 class Places(NamedTuple):
     """Where items are; int64 arrays of one shape. The episode takes rows first to last.
 
-    `first` is the first row that can be read, if the episode's beginning was evicted.
+    `first` is the first row that can be read, if the episode's beginning was evicted. `terminated`
+    and `truncated` are the rows whose actions ended it so, -1 where none did, and None if the fields
+    of that name are to be read instead.
     """
 
     stream: np.ndarray
@@ -39,6 +41,8 @@ class Places(NamedTuple):
     time: np.ndarray
     first: np.ndarray
     last: np.ndarray
+    terminated: np.ndarray | None = None
+    truncated: np.ndarray | None = None
 
 
 Wanted: TypeAlias = Sequence[tuple[np.ndarray, Sequence[str]]]
@@ -88,7 +92,9 @@ class EpisodeIndex:
         self.floors = np.zeros(0, np.int64)  # by stream: the row below which all was evicted
         self.evictions = 0  # how often rows were evicted: what is known of closed episodes is void then
         self._totals: dict[int, int] = {}  # by stream: episodes closed so far, evicted ones included
-        self._table = np.empty((6, 64), np.int64)  # stream, env, first, last, shift, number in the stream
+        # stream, env, first, last, rows that terminated and truncated it, shift, number in the stream:
+        # the columns of an episode lie side by side, in one line of the processor's caches
+        self._table = np.empty((64, 8), np.int64).T
         self._ends = np.empty(64, np.int64)  # items up to and with each episode
         self.version = 0  # grows with every change; no other index that is not empty has the same
         self._closed = 0
@@ -129,6 +135,8 @@ class EpisodeIndex:
         env: np.ndarray,
         first: np.ndarray,
         length: np.ndarray,
+        terminated: np.ndarray | bool = False,
+        truncated: np.ndarray | bool = False,
         *,
         before: Mapping[int, int] | None = None,
     ) -> None:
@@ -139,7 +147,9 @@ class EpisodeIndex:
         totals = self._totals | dict(before or {})
         numbers, totals = _count_on(totals, np.broadcast_to(stream, env.shape))
         self._count = self._closed
-        self._add(stream, env, first, first + length, numbers)
+        last = first + length
+        ends = [np.where(ended, last - 1, -1) for ended in (terminated, truncated)]
+        self._add(stream, env, first, last, *ends, number=numbers)
         self._closed = self._count
         self._totals = totals
 
@@ -169,7 +179,7 @@ class EpisodeIndex:
     def first_rows(self, stream: np.ndarray, env: np.ndarray, time: np.ndarray) -> np.ndarray:
         """Where the episodes of rows began, be it below a floor; -1 where there is none any more."""
         episode = self._episode_at(self._key(stream, env, time), time)
-        first: np.ndarray = np.where(episode < 0, -1, self._table[2].take(np.maximum(episode, 0)))
+        first: np.ndarray = np.where(episode < 0, -1, self._table[2][np.maximum(episode, 0)])
         return first
 
     def _beginning(self, floors: np.ndarray, evictions: int) -> "EpisodeIndex":
@@ -203,10 +213,10 @@ class EpisodeIndex:
         self.evictions = max(self.evictions, other.evictions)
         self._totals = other._totals
         self._count = self._closed
-        stream, env, first, last, _, number = other._table[:, closed]
-        self._add(stream, env, first, last, number)
+        *columns, _, number = other._table[:, closed]
+        self._add(*columns, number=number)
         self._closed = self._count
-        self._add(*other._table[:4, open])
+        self._add(*other._table[:6, open])
 
     def _add(
         self,
@@ -214,11 +224,15 @@ class EpisodeIndex:
         env: np.ndarray,
         first: np.ndarray,
         last: np.ndarray,
+        terminated: np.ndarray | int = -1,
+        truncated: np.ndarray | int = -1,
+        *,
         number: np.ndarray | int = -1,
     ) -> None:
         """Add episodes, but for those that were evicted; `number` is that of a closed one in its stream."""
         self.version = next(_versions)
-        values = np.array(np.broadcast_arrays(stream, env, first, last, 0, number), np.int64)
+        columns = (stream, env, first, last, terminated, truncated, 0, number)
+        values = np.array(np.broadcast_arrays(*columns), np.int64)
         if self._is_cut:
             values = values[:, values[3] > self.floors[values[0]]]
         start, stop = self._count, self._count + values.shape[1]
@@ -228,7 +242,7 @@ class EpisodeIndex:
             self._ends = np.pad(self._ends, (0, grow))
         begin, counts = self._items(values)
         ends = len(self) + np.cumsum(counts)
-        values[4] = begin - (ends - counts) * self.spacing.stride
+        values[6] = begin - (ends - counts) * self.spacing.stride
         self._table[:, start:stop] = values
         self._ends[start:stop] = ends
         self._count = stop
@@ -254,11 +268,16 @@ class EpisodeIndex:
 
     def locate(self, numbers: np.ndarray) -> Places:
         """Find items by number; all must be from 0 to `len(self) - 1`."""
-        stream, env, first, last, shift = self._table[:5].take(self._find(numbers), axis=1)
+        stream, env, first, last, terminated, truncated, shift, _ = self._of(self._find(numbers))
         stride = self.spacing.stride
         if self._is_cut:
             first = np.maximum(first, self.floors[stream] - CONTEXT)
-        return Places(stream, env, (numbers if stride == 1 else numbers * stride) + shift, first, last)
+        time = (numbers if stride == 1 else numbers * stride) + shift
+        return Places(stream, env, time, first, last, terminated, truncated)
+
+    def _of(self, episodes: np.ndarray) -> np.ndarray:
+        """The table's columns of some episodes, (8, episodes)."""
+        return self._table.T.take(episodes, axis=0).T
 
     def ids(self, places: Places) -> np.ndarray:
         """Names for transitions that never change."""
@@ -278,7 +297,7 @@ class EpisodeIndex:
             return np.full(ids.shape, -1)
         time, env = np.divmod(row, self.widths[stream])
         episode = self._episode_at(self._key(stream, env, time), time)
-        _, _, first, last, shift = self._table[:5].take(np.maximum(episode, 0), axis=1)
+        _, _, first, last, _, _, shift, _ = self._of(np.maximum(episode, 0))
         stride, span, offset = self.spacing
         number, rest = np.divmod(time - shift, stride)
         is_item = known & (episode >= 0) & (rest == 0) & (time >= first + offset) & (time + span <= last)
@@ -305,7 +324,7 @@ class EpisodeIndex:
             if len(sorted_keys):
                 place = sorted_keys.searchsorted(keys, side="right") - 1
                 key, episode = sorted_keys.take(place, mode="clip"), episodes.take(place, mode="clip")
-                last = self._table[3].take(episode)
+                last = self._table[3][episode]
                 same = (place >= 0) & (keys >> STREAM_BIT == key >> STREAM_BIT) & (times < last)
                 found = np.where(same, episode, found)
         return found
@@ -375,8 +394,8 @@ class EpisodeIndex:
                 found = self._totals.get(stream, 0)
                 raise UsageError(f"expected {count} closed episodes in stream {stream}, found {found}")
             closed = self._table[:, : self._closed]
-            chosen = closed[:, (closed[0] == stream) & (closed[5] < count)]
-            index._add(chosen[0], chosen[1], chosen[2], chosen[3], chosen[5])
+            chosen = closed[:, (closed[0] == stream) & (closed[7] < count)]
+            index._add(*chosen[:6], number=chosen[7])
         index._closed = index._count
         index._add(*np.array(extent.open, np.int64).reshape(-1, 4).T)
         return index
@@ -388,10 +407,12 @@ class EpisodeIndex:
 
     def check(self) -> None:
         """Raise at the first broken invariant; `CorruptionError` if episodes of a column overlap."""
-        stream, env, first, last, shift, _ = self._table[:, : self._count]
+        stream, env, first, last, terminated, truncated, shift, _ = self._table[:, : self._count]
         ends = self._ends[: self._count]
         begin, counts = self._items(self._table[:, : self._count])
         assert (last > first).all(), "an episode without transitions"
+        for end in (terminated, truncated):
+            assert ((end == -1) | (end == last - 1)).all(), "an episode that ends before its last transition"
         assert (np.diff(ends, prepend=0) == counts).all(), "lengths and their sums differ"
         assert (begin - (ends - counts) * self.spacing.stride == shift).all(), "shifts"
         assert not self._is_cut or (last > self.floors[stream]).all(), "an episode that was evicted"

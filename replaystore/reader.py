@@ -131,12 +131,17 @@ class Reader:
         `allocate(shape, dtype)` gives the arrays to read into.
         """
         located = [(self._locate(places, times, tails), names) for times, names in wanted]
+        ends = {"terminated": places.terminated, "truncated": places.truncated}
         if self._foresight.is_on:
-            self._prefetch_flat(located)
+            self._prefetch_flat(located, ends)
         arrays = {}
         for rows, names in located:
             size = rows.time.size if allocate is None and rows.held is None else 0
             for name in names:
+                end = ends.get(name)
+                if end is not None:
+                    arrays[name] = rows.time == _widened(end, rows.time)
+                    continue
                 column = self._flat.get(name)
                 if column is not None and 0 < size <= column.few:
                     arrays[name] = column.rows.take(rows.number, 0, None, "clip")
@@ -165,12 +170,14 @@ class Reader:
                 column = np.broadcast_to(rows.env, rows.time.shape)[held]
                 out[held] = ring[rows.time[held] % len(ring), column]
 
-    def _prefetch_flat(self, located: Sequence[tuple["_Rows", Sequence[str]]]) -> None:
+    def _prefetch_flat(
+        self, located: Sequence[tuple["_Rows", Sequence[str]]], ends: Mapping[str, np.ndarray | None]
+    ) -> None:
         """Ask for the pages of all flat fields before the first of them is read."""
         pages = []
         for rows, names in located:
-            columns = [self._flat[name] for name in names if name in self._flat and rows.held is None]
-            for column in columns:
+            there = [name for name in names if name in self._flat and ends.get(name) is None]
+            for column in [self._flat[name] for name in there if rows.held is None]:
                 start, size = column.rows.ctypes.data, column.rows[:1].nbytes
                 pages += [(start + rows.number.ravel() * size + end) // PAGE for end in (0, size - 1)]
         if pages:
@@ -281,7 +288,7 @@ def _check_flat(
 
 def _widened(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Values of items, (batch,), such that they go with rows of these, (batch, …)."""
-    return values.reshape(-1, *[1] * (rows.ndim - 1))
+    return values if rows.ndim == 1 else values.reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def _elsewhere(numbers: np.ndarray, held: np.ndarray | None) -> np.ndarray:

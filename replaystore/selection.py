@@ -13,6 +13,7 @@ from replaystore.errors import SnapshotExpired, UsageError
 from replaystore.index import EACH, EpisodeIndex, Places, Spacing
 from replaystore.reader import Allocate
 from replaystore.samplers import Sampler, Uniform
+from replaystore.schema import FLAGS
 from replaystore.stats import Stats, field_stats
 from replaystore.view import View
 from replaystore.windows import Transition, Window, new_seeds, takes_seeds
@@ -214,14 +215,14 @@ class _Chosen(Selection):
 
     def _filled(self, source: EpisodeIndex) -> EpisodeIndex:
         """The index of the chosen episodes, but for what was evicted since they were chosen."""
-        table = self._from.select(["stream", "env", "first_row", "length"]).filter(self._holds)
-        stream, env, first, length = [integers(table, name) for name in table.column_names]
+        table = self._from.select(["stream", "env", "first_row", "length", *FLAGS]).filter(self._holds)
+        stream, env, first, length, *flags = [integers(table, name) for name in table.column_names]
         is_open = np.isin(np.flatnonzero(self._holds.to_numpy()), self._open_in)
         last, first = first + length, source.first_rows(stream, env, first)
         self._is_left = pa.array(first >= 0)
         closed, is_open = ~is_open & (first >= 0), is_open & (first >= 0)
         index = source.emptied()
-        index.append(stream[closed], env[closed], first[closed], last[closed] - first[closed])
+        index.append(*(column[closed] for column in (stream, env, first, last - first, *flags)))
         index.set_open([(stream[is_open], env[is_open], first[is_open], last[is_open] - first[is_open])])
         return index
 

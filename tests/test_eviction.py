@@ -238,7 +238,7 @@ def test_numbers_lead_to_what_is_left_as_a_list_would(seed):
 
 def check_index(index, model, *spacing):
     places = [tuple(map(int, place)) for place in model.places(*spacing)]
-    found = index.locate(np.arange(len(index)))
+    found = index.locate(np.arange(len(index)))[:5]
     assert list(zip(*(column.tolist() for column in found), strict=True)) == places
     numbers = {(s << 40) + time * 3 + env: number for number, (s, env, time, _, _) in enumerate(places)}
     every = [

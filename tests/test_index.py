@@ -7,22 +7,25 @@ from replaystore.errors import CorruptionError
 from replaystore.index import EpisodeIndex, Extent, Spacing
 
 
-def arrays(episodes):
-    """Lists of (env, first, length) as arrays."""
-    return np.array(episodes, np.int64).reshape(-1, 3).T
+def arrays(episodes, columns=3):
+    """Lists of (env, first, length, …) as arrays."""
+    return np.array(episodes, np.int64).reshape(-1, columns).T
 
 
 class Model:
-    """All episodes in the order of their transitions' numbers, open ones last."""
+    """All episodes in the order of their transitions' numbers, open ones last.
+
+    Each is its stream, env, first row and length, whether it terminated and whether it was truncated.
+    """
 
     def __init__(self):
         self.closed, self.open = [], []
 
-    def places(self):
+    def places(self, start=0, step=1, left=1):
         return [
-            (stream, env, first + t, first, first + length)
-            for stream, env, first, length in self.closed + self.open
-            for t in range(length)
+            (stream, env, first + t, first, first + n, *[first + n - 1 if flag else -1 for flag in flags])
+            for stream, env, first, n, *flags in self.closed + self.open
+            for t in range(start, n - left + 1, step)
         ]
 
 
@@ -33,7 +36,7 @@ def check(index, model):
     found = index.locate(np.arange(len(places)))
     assert list(zip(*(column.tolist() for column in found), strict=True)) == places
     episodes = [column.tolist() for column in index.episodes()]
-    shown = [(s, env, first, first + length) for s, env, first, length in model.closed + model.open]
+    shown = [(s, env, first, first + length) for s, env, first, length, *_ in model.closed + model.open]
     assert list(zip(*episodes, strict=True)) == shown
     index.check()
 
@@ -51,17 +54,17 @@ def test_numbers_lead_to_rows_as_a_list_would(seed):
         added = []
         for _ in range(int(rng.integers(0, 30))):
             env, length = int(rng.integers(4)), int(rng.integers(1, 6))
-            added.append((env, int(rows[stream, env]), length))
+            added.append((env, int(rows[stream, env]), length, *rng.integers(2, size=2).tolist()))
             rows[stream, env] += length + int(rng.integers(1, 4))
-        index.append(stream, *arrays(added))
+        index.append(stream, *arrays(added, 5))
         model.closed += [(stream, *episode) for episode in added]
         model.open = [
-            (s, env, int(rows[s, env]), int(rng.integers(1, 50)))
+            (s, env, int(rows[s, env]), int(rng.integers(1, 50)), 0, 0)
             for s in range(3)
             for env in range(4)
             if rng.random() < 0.3
         ]
-        index.set_open([(s, *arrays([e[1:] for e in model.open if e[0] == s])) for s in range(3)])
+        index.set_open([(s, *arrays([e[1:4] for e in model.open if e[0] == s])) for s in range(3)])
         check(index, model)
         follower.follow(index)
         check_spaced(follower, model)
@@ -69,15 +72,11 @@ def test_numbers_lead_to_rows_as_a_list_would(seed):
 
 def check_spaced(index, model):
     """Items at transitions 1, 4, 7 … of which 2 are left, and every id leads to its item's number."""
-    places = [
-        (stream, env, first + t, first, first + length)
-        for stream, env, first, length in model.closed + model.open
-        for t in range(1, length - 1, 3)
-    ]
+    places = model.places(start=1, step=3, left=2)
     found = index.locate(np.arange(len(index)))
     assert list(zip(*(column.tolist() for column in found), strict=True)) == places
-    items = {(s << 40) + t * 4 + env: number for number, (s, env, t, _, _) in enumerate(places)}
-    every = [(s << 40) + t * 4 + env for s, env, t, _, last in model.places() for t in (t, last)]
+    items = {(s << 40) + t * 4 + env: number for number, (s, env, t, *_) in enumerate(places)}
+    every = [(s << 40) + t * 4 + env for s, env, t, _, last, *_ in model.places() for t in (t, last)]
     every += [-1, 7 << 40, (1 << 62) + 5]
     assert index.numbers(np.array(every)).tolist() == [items.get(id_, -1) for id_ in every]
     index.check()

@@ -44,8 +44,10 @@ def test_selection_has_the_episodes_that_arrow_filters(condition, path):
         assert chosen.num_episodes == len(expected) > 0
         assert len(chosen) == pc.sum(expected.column("length")).as_py()
         everything = chosen.read(np.arange(len(chosen)))
-        one_by_one = [chosen.episode(i)["action"] for i in range(len(expected))]
-        assert everything.action.tolist() == np.concatenate(one_by_one).tolist()
+        one_by_one = [chosen.episode(i) for i in range(len(expected))]
+        for name in ("action", "terminated", "truncated"):
+            recorded = np.concatenate([episode[name] for episode in one_by_one])
+            assert getattr(everything, name).tolist() == recorded.tolist(), name
         for spacing in (EACH, Spacing(2, 3, 1)):
             chosen._index(spacing).check()
 
