@@ -34,6 +34,8 @@ MAX_STRETCHES = 1024  # that Linux takes in one call
 
 _MAP_FIXED = 0x10  # the same on Linux and macOS; the mmap module does not name it
 _MADV_POPULATE_WRITE = 23  # of Linux
+_HUGE = getattr(mmap, "MADV_HUGEPAGE", mmap.MADV_RANDOM)
+_NOT_HUGE = getattr(mmap, "MADV_NOHUGEPAGE", mmap.MADV_RANDOM)
 _FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -310,9 +312,12 @@ class AddressRange:
     was written in large pieces, the kernel then maps those, and rows are found without walking page tables.
     `np.asarray(range)` is its bytes; the addresses stay valid as long as the range or such an
     array lives. Reading where nothing was placed ends the process, so callers check first.
+
+    A page that is read from disk comes alone, or, of a `huge` range, with the huge page around it.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, huge: bool = False) -> None:
+        self._huge = huge
         self.nbytes = max(1, -(-nbytes // PAGE)) * PAGE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         slack = HUGE_PAGE if self.nbytes >= HUGE_PAGE else 0
@@ -363,7 +368,13 @@ class AddressRange:
         assert offset + nbytes <= self.nbytes, (offset, nbytes, self.nbytes)
         where = self.address + offset
         _map(where, nbytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
-        _libc.madvise(where, nbytes, mmap.MADV_RANDOM)
+        _libc.madvise(where, nbytes, _HUGE if self._huge else mmap.MADV_RANDOM)
+
+    def read_by_page(self) -> None:
+        """From now on read each page from disk alone."""
+        self._huge = False
+        for advice in (_NOT_HUGE, mmap.MADV_RANDOM):
+            _libc.madvise(self.address, self.nbytes, advice)
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -442,6 +453,11 @@ def drop_from_cache(path: Path) -> None:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
+
+
+def machine_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def major_faults() -> int:

@@ -134,11 +134,15 @@ class FlatWriter:
 
 
 class FlatColumn:
-    """One flat field of all streams as one array `(rows, *shape)`, however many files it has."""
+    """One flat field of all streams as one array `(rows, *shape)`, however many files it has.
 
-    def __init__(self, field: Field, rows: int) -> None:
+    What is read from disk is read page by page, or in huge pages until `read_by_page` is called.
+    """
+
+    def __init__(self, field: Field, rows: int, *, huge: bool = False) -> None:
         self._field = field
-        self._range = AddressRange(rows * field.row_nbytes)
+        self._range = AddressRange(rows * field.row_nbytes, huge=huge)
+        self.read_by_page = self._range.read_by_page
         data = np.asarray(self._range)[: rows * field.row_nbytes]
         self.rows = data.view(field.dtype).reshape(rows, *field.shape)
         self.few = SMALLEST // field.row_nbytes  # rows that `take` allocates memory for well

@@ -15,8 +15,18 @@ import numpy as np
 from replaystore.arena import PackedColumn, StreamSpace, check_there, newest_head, stream_path
 from replaystore.errors import CorruptionError, SnapshotExpired
 from replaystore.field import Field
-from replaystore.files import PAGE, FileState, chunk_path, major_faults, prefetch, size_of
+from replaystore.files import (
+    MEMORY_START,
+    PAGE,
+    FileState,
+    chunk_path,
+    major_faults,
+    memory,
+    prefetch,
+    size_of,
+)
 from replaystore.flat import FlatColumn, file_checksum
+from replaystore.foresight import Foresight, Patience
 from replaystore.head import Head
 from replaystore.index import CONTEXT, Places, Wanted
 from replaystore.packed import open_shard
@@ -53,31 +63,6 @@ class _Rows(NamedTuple):
     held: np.ndarray | None
 
 
-class Foresight:
-    """Whether it pays to ask for pages ahead: it does while they come from disk, not from memory.
-
-    `waits()` is how often the process has waited for the disk so far.
-    """
-
-    def __init__(self, waits: Callable[[], int]) -> None:
-        self.is_on = False
-        self._waits = waits
-        self._before = waits()
-        self._items = 0
-
-    def note(self, items: int) -> None:
-        """Say that so many items were read; now and then this looks how many of them were waited for.
-
-        Asking ahead begins after 256 items, one in 16 of which was waited for, and goes on as long as
-        some waiting is left: for one in 64 of 4,096 items.
-        """
-        self._items += items
-        if self._items >= (4096 if self.is_on else 256):
-            waits = self._waits()
-            self.is_on = (waits - self._before) * (64 if self.is_on else 16) > self._items
-            self._before, self._items = waits, 0
-
-
 class Reader:
     """Reads rows of any streams, as of the newest commit it was given of each."""
 
@@ -89,6 +74,7 @@ class Reader:
         self._width = np.zeros(0, np.int64)
         self._lowest: np.ndarray | None = None  # by stream: the first row to be read, if some were evicted
         self._flat: dict[str, FlatColumn] = {}
+        self._patience = Patience(0)
         self._foresight = Foresight(major_faults)
         self._recycler = Recycler()
         self._is_plain = False  # one stream of one environment: the number of a row is its time
@@ -133,7 +119,7 @@ class Reader:
         located = [(self._locate(places, times, tails), names) for times, names in wanted]
         ends = {"terminated": places.terminated, "truncated": places.truncated}
         if self._foresight.is_on:
-            self._prefetch_flat(located, ends)
+            self._have_flat(located, ends)
         arrays = {}
         for rows, names in located:
             size = rows.time.size if allocate is None and rows.held is None else 0
@@ -170,10 +156,10 @@ class Reader:
                 column = np.broadcast_to(rows.env, rows.time.shape)[held]
                 out[held] = ring[rows.time[held] % len(ring), column]
 
-    def _prefetch_flat(
+    def _have_flat(
         self, located: Sequence[tuple["_Rows", Sequence[str]]], ends: Mapping[str, np.ndarray | None]
     ) -> None:
-        """Ask for the pages of all flat fields before the first of them is read."""
+        """Have the pages of all flat fields read from disk before the first of them is looked at."""
         pages = []
         for rows, names in located:
             there = [name for name in names if name in self._flat and ends.get(name) is None]
@@ -182,7 +168,19 @@ class Reader:
                 pages += [(start + rows.number.ravel() * size + end) // PAGE for end in (0, size - 1)]
         if pages:
             addresses = np.unique(np.concatenate(pages)) * PAGE
-            prefetch(addresses, np.full(len(addresses), PAGE))
+            if self._patience.is_left:
+                self._wait_for(addresses, len(located[0][0].time))
+            else:
+                prefetch(addresses, np.full(len(addresses), PAGE))
+
+    def _wait_for(self, pages: np.ndarray, items: int) -> None:
+        """Have the huge pages around these pages read."""
+        before = major_faults()
+        memory().take(pages - MEMORY_START, mode="clip")
+        self._patience.note(major_faults() - before, items)
+        if not self._patience.is_left:
+            for column in self._flat.values():
+                column.read_by_page()
 
     def _locate(self, places: Places, time: np.ndarray, tails: Sequence[Tail]) -> "_Rows":
         """Find rows in the common numbering; of those that were evicted the files may be gone."""
@@ -226,7 +224,10 @@ class Reader:
             rows = 2 * max(self._needed_rows(head), self._schema.time_chunk(head.num_envs) * head.num_envs)
             spaces[stream] = StreamSpace(head, base, rows)
             base += rows
-        flat = {field.name: FlatColumn(field, base) for field in self._schema.fields if not field.packed}
+        fields = [field for field in self._schema.fields if not field.packed]
+        nbytes = sum(map(self._needed_rows, heads.values())) * sum(field.row_nbytes for field in fields)
+        self._patience = Patience(nbytes)
+        flat = {field.name: FlatColumn(field, base, huge=self._patience.is_left) for field in fields}
         for stream, space in spaces.items():
             self._map_flat(flat, stream, space, already=None)
         self._spaces, self._flat = spaces, flat

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from replaystore import files
-from replaystore.files import HUGE_PAGE, MAX_STRETCHES, PAGE, AddressRange, map_whole, populate, prefetch
+from replaystore.files import (
+    HUGE_PAGE,
+    MAX_STRETCHES,
+    PAGE,
+    AddressRange,
+    drop_from_cache,
+    major_faults,
+    map_whole,
+    populate,
+    prefetch,
+)
 
 
 def test_file_that_is_replaced_meanwhile_is_mapped_as_it_was_or_as_it_is(tmp_path):
@@ -50,6 +60,28 @@ def test_addresses_begin_at_a_huge_page_and_none_are_kept_besides():
     assert 50 * size <= mapped_bytes() - before < 51 * size
     del ranges
     assert mapped_bytes() - before < size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how other kernels read is not known")
+def test_pages_of_huge_ranges_are_read_from_disk_together(tmp_path):
+    path, nbytes = tmp_path / "file", 2 * HUGE_PAGE
+    path.write_bytes(bytes(nbytes))
+
+    def waits(huge, *, changed=False):
+        drop_from_cache(tmp_path)
+        range_ = AddressRange(nbytes, huge=huge)
+        range_.place(path, offset=0, nbytes=nbytes)
+        if changed:
+            range_.read_by_page()
+        before = major_faults()
+        assert not np.asarray(range_)[::PAGE].any()
+        return major_faults() - before
+
+    one_by_one = waits(huge=False)
+    if one_by_one < nbytes // PAGE // 2:
+        pytest.skip("this file system keeps files in memory")
+    assert waits(huge=True) <= one_by_one // 16
+    assert waits(huge=True, changed=True) >= one_by_one // 2
 
 
 def test_empty_file_is_mapped_as_no_bytes(tmp_path):

@@ -22,6 +22,7 @@ LAYER = {
     "sum_tree": 1,
     "schema": 2,
     "codec": 2,
+    "foresight": 2,
     "index": 2,
     "metadata": 3,
     "flat": 3,

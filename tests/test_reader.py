@@ -1,5 +1,6 @@
 """Asking for pages ahead: when it is done, and that what is read stays the same."""
 
+import itertools
 import shutil
 
 import numpy as np
@@ -9,10 +10,12 @@ from test_windows import FLAGS
 
 import replaystore.arena
 import replaystore.codec
+import replaystore.foresight
 import replaystore.reader
 from replaystore import Field, ReplayStore, Schema, Transition
 from replaystore.codec import ChunkCodec
-from replaystore.reader import Foresight
+from replaystore.files import HUGE_PAGE, AddressRange
+from replaystore.foresight import ITEMS_A_WAIT, Foresight, Patience
 
 
 def test_asking_ahead_begins_when_reads_wait_for_the_disk_and_ends_when_none_does():
@@ -28,6 +31,11 @@ def test_asking_ahead_begins_when_reads_wait_for_the_disk_and_ends_when_none_doe
     for _ in range(32):
         foresight.note(256)
     assert not foresight.is_on
+    foresight = Foresight(lambda: waits[0])
+    for more, is_on in [(0, False), (10, False), (6, False), (0, False), (7, False), (9, False), (1, True)]:
+        waits[0] += more
+        foresight.note(256)
+        assert foresight.is_on == is_on, "16 of 1,024, then 17 of 768"
 
 
 @pytest.mark.parametrize("copied", [0, 4096], ids=["index mapped", "index in memory"])
@@ -46,6 +54,7 @@ def test_what_is_read_is_what_was_asked_for_ahead(copied, tmp_path, monkeypatch)
     assert asked == []
     with ReplayStore.open(tmp_path / "store") as store:
         store._view._reader._foresight.is_on = store._view._reader._packed["observation"].from_disk = True
+        store._view._reader._patience.is_left = False
         ahead = store.read(numbers, window)
         for name in ("observation", "action", "reward", "next_observation", "terminated", "ids"):
             assert np.array_equal(getattr(plain, name), getattr(ahead, name))
@@ -58,6 +67,55 @@ def test_what_is_read_is_what_was_asked_for_ahead(copied, tmp_path, monkeypatch)
     entries = {start for start, nbytes in asked if nbytes == 16}
     assert len(entries) > len(chunks) // 2 if copied == 0 else not entries
     assert len({start for start, nbytes in asked if 16 < nbytes < 4096}) > len(chunks) // 2
+
+
+def test_huge_pages_are_waited_for_until_that_was_often_in_vain(tmp_path, monkeypatch):
+    with ReplayStore.create(tmp_path / "store", schema()) as store:
+        Recorder(store).step(500)
+    waits, asked, by_page = itertools.count(step=10), [], []
+    monkeypatch.setattr(replaystore.reader, "major_faults", lambda: next(waits))
+    monkeypatch.setattr(replaystore.reader, "prefetch", lambda *_: asked.append(len(by_page)))
+    monkeypatch.setattr(AddressRange, "read_by_page", lambda range_: by_page.append(range_))
+    monkeypatch.setattr(Foresight, "note", lambda *_: None)
+    with ReplayStore.open(tmp_path / "store") as store:
+        reader = store._view._reader
+        reader._foresight.is_on = True
+        reader._patience = Patience(30 * HUGE_PAGE)
+        for _ in range(4):
+            assert asked == by_page == []
+            store.sample(8)
+        assert len(by_page) == 4, "the flat fields"
+        store.sample(8)
+        assert asked == [4]
+
+
+def test_patience_is_for_reading_all_once_and_for_some_waiting_all_the_time():
+    patience = Patience(200 * HUGE_PAGE)
+    for waits in (100, 100, 8):
+        patience.note(waits, 0)
+    assert patience.is_left
+    for _ in range(1000):
+        patience.note(2, 2 * ITEMS_A_WAIT)
+    assert patience.is_left
+    patience.note(1, ITEMS_A_WAIT - 1)
+    assert not patience.is_left
+    patience.note(0, 10**6)
+    assert not patience.is_left, "the columns are read by page already"
+    patience = Patience(200 * HUGE_PAGE)
+    patience.note(0, 10**6)
+    patience.note(209, 0)
+    assert not patience.is_left, "patience is not saved up"
+
+
+def test_columns_that_would_fill_the_memory_are_read_by_page(tmp_path, monkeypatch):
+    with ReplayStore.create(tmp_path / "store", schema()) as store:
+        Recorder(store).step(20)
+    nbytes = schema().time_chunk(1) * (8 + 8 + 1 + 1)
+    for memory, huge in ((4 * nbytes, True), (4 * nbytes - 4, False)):
+        monkeypatch.setattr(replaystore.foresight, "machine_memory", lambda memory=memory: memory)
+        with ReplayStore.open(tmp_path / "store") as store:
+            assert store._view._reader._patience.is_left == huge
+            assert {column._range._huge for column in store._view._reader._flat.values()} == {huge}
 
 
 def covered(addresses, asked):
