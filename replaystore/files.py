@@ -34,8 +34,8 @@ MAX_STRETCHES = 1024  # that Linux takes in one call
 
 _MAP_FIXED = 0x10  # the same on Linux and macOS; the mmap module does not name it
 _MADV_POPULATE_WRITE = 23  # of Linux
-_HUGE = getattr(mmap, "MADV_HUGEPAGE", mmap.MADV_RANDOM)
-_NOT_HUGE = getattr(mmap, "MADV_NOHUGEPAGE", mmap.MADV_RANDOM)
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+HAS_HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE") and os.path.isdir("/sys/kernel/mm/transparent_hugepage")
 _FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -313,7 +313,8 @@ class AddressRange:
     `np.asarray(range)` is its bytes; the addresses stay valid as long as the range or such an
     array lives. Reading where nothing was placed ends the process, so callers check first.
 
-    A page that is read from disk comes alone, or, of a `huge` range, with the huge page around it.
+    A page that is read from disk comes alone, or, of a `huge` range, with the huge page around it; for that the
+    system must have huge pages.
     """
 
     def __init__(self, nbytes: int, *, huge: bool = False) -> None:
@@ -368,12 +369,12 @@ class AddressRange:
         assert offset + nbytes <= self.nbytes, (offset, nbytes, self.nbytes)
         where = self.address + offset
         _map(where, nbytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
-        _libc.madvise(where, nbytes, _HUGE if self._huge else mmap.MADV_RANDOM)
+        _libc.madvise(where, nbytes, mmap.MADV_HUGEPAGE if self._huge else mmap.MADV_RANDOM)
 
     def read_by_page(self) -> None:
-        """From now on read each page from disk alone."""
+        """From now on read each page of a huge range from disk alone, and map no more huge pages."""
         self._huge = False
-        for advice in (_NOT_HUGE, mmap.MADV_RANDOM):
+        for advice in (mmap.MADV_NOHUGEPAGE, mmap.MADV_RANDOM):
             _libc.madvise(self.address, self.nbytes, advice)
 
     @property
@@ -455,9 +456,26 @@ def drop_from_cache(path: Path) -> None:
             os.close(descriptor)
 
 
-def machine_memory() -> int:
-    """Bytes of memory that the machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def memory_limit() -> int:
+    """Bytes of memory that this process may have: the machine's, or what its control groups allow."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in _limit_files(Path("/proc/self/cgroup"), _CONTROL_GROUPS):
+        text = file.read_text().strip()
+        if text.isdigit():  # and not "max"
+            limits.append(int(text))
+    return min(limits)
+
+
+def _limit_files(groups: Path, root: Path) -> Iterator[Path]:
+    """The limits of the control groups that `groups` names and of those around them, of either version."""
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        _, kinds, group = line.split(":", 2)
+        if "memory" in kinds.split(",") or not kinds:
+            for folder in (Path(group), *Path(group).parents):
+                for name in ("memory.max", "memory.limit_in_bytes"):
+                    file = root / kinds / folder.relative_to("/") / name
+                    if file.is_file():
+                        yield file
 
 
 def major_faults() -> int:

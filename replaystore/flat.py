@@ -143,7 +143,8 @@ class FlatColumn:
         self._field = field
         self._range = AddressRange(rows * field.row_nbytes, huge=huge)
         self.read_by_page = self._range.read_by_page
-        data = np.asarray(self._range)[: rows * field.row_nbytes]
+        self._bytes = np.asarray(self._range)
+        data = self._bytes[: rows * field.row_nbytes]
         self.rows = data.view(field.dtype).reshape(rows, *field.shape)
         self.few = SMALLEST // field.row_nbytes  # rows that `take` allocates memory for well
 
@@ -152,6 +153,10 @@ class FlatColumn:
         nbytes = self._field.row_nbytes
         path = chunk_path(array, number, 2 + len(self._field.shape))
         self._range.place(path, offset=row * nbytes, nbytes=rows * nbytes, exact=True)
+
+    def touch(self, numbers: np.ndarray) -> None:
+        """Have the pages in which rows begin read from disk."""
+        self._bytes.take(numbers * self._field.row_nbytes, mode="clip")
 
     def clear(self, *, row: int, rows: int) -> None:
         """Let go of the file that was mapped there; its rows must not be read again."""

@@ -93,7 +93,7 @@ class EpisodeIndex:
         self.evictions = 0  # how often rows were evicted: what is known of closed episodes is void then
         self._totals: dict[int, int] = {}  # by stream: episodes closed so far, evicted ones included
         # stream, env, first, last, rows that terminated and truncated it, shift, number in the stream:
-        # the columns of an episode lie side by side, in one line of the processor's caches
+        # the columns of an episode lie side by side, for few lines of the processor's caches
         self._table = np.empty((64, 8), np.int64).T
         self._ends = np.empty(64, np.int64)  # items up to and with each episode
         self.version = 0  # grows with every change; no other index that is not empty has the same

@@ -16,12 +16,10 @@ from replaystore.arena import PackedColumn, StreamSpace, check_there, newest_hea
 from replaystore.errors import CorruptionError, SnapshotExpired
 from replaystore.field import Field
 from replaystore.files import (
-    MEMORY_START,
     PAGE,
     FileState,
     chunk_path,
     major_faults,
-    memory,
     prefetch,
     size_of,
 )
@@ -160,27 +158,35 @@ class Reader:
         self, located: Sequence[tuple["_Rows", Sequence[str]]], ends: Mapping[str, np.ndarray | None]
     ) -> None:
         """Have the pages of all flat fields read from disk before the first of them is looked at."""
-        pages = []
-        for rows, names in located:
-            there = [name for name in names if name in self._flat and ends.get(name) is None]
-            for column in [self._flat[name] for name in there if rows.held is None]:
-                start, size = column.rows.ctypes.data, column.rows[:1].nbytes
-                pages += [(start + rows.number.ravel() * size + end) // PAGE for end in (0, size - 1)]
-        if pages:
-            addresses = np.unique(np.concatenate(pages)) * PAGE
-            if self._patience.is_left:
-                self._wait_for(addresses, len(located[0][0].time))
-            else:
-                prefetch(addresses, np.full(len(addresses), PAGE))
+        found = [
+            (self._flat[name], rows.number.ravel())
+            for rows, names in located
+            for name in names
+            if rows.held is None and name in self._flat and ends.get(name) is None
+        ]
+        if found and self._patience.is_left:
+            self._wait_for(found, len(located[0][0].time))
+        elif found:
+            self._ask_for(found)
 
-    def _wait_for(self, pages: np.ndarray, items: int) -> None:
-        """Have the huge pages around these pages read."""
+    def _ask_for(self, found: Sequence[tuple[FlatColumn, np.ndarray]]) -> None:
+        """Ask for the pages of rows at once."""
+        pages = []
+        for column, numbers in found:
+            start, size = column.rows.ctypes.data, column.rows[:1].nbytes
+            pages += [(start + numbers * size + end) // PAGE for end in (0, size - 1)]
+        addresses = np.unique(np.concatenate(pages)) * PAGE
+        prefetch(addresses, np.full(len(addresses), PAGE))
+
+    def _wait_for(self, found: Sequence[tuple[FlatColumn, np.ndarray]], items: int) -> None:
+        """Have the huge pages around rows read, one by one."""
         before = major_faults()
-        memory().take(pages - MEMORY_START, mode="clip")
+        for column, numbers in found:
+            column.touch(numbers)
         self._patience.note(major_faults() - before, items)
         if not self._patience.is_left:
-            for column in self._flat.values():
-                column.read_by_page()
+            for each in self._flat.values():
+                each.read_by_page()
 
     def _locate(self, places: Places, time: np.ndarray, tails: Sequence[Tail]) -> "_Rows":
         """Find rows in the common numbering; of those that were evicted the files may be gone."""
@@ -214,6 +220,12 @@ class Reader:
         time_chunk = self._schema.time_chunk(head.num_envs)
         return -(-int(head.rows.max()) // time_chunk) * time_chunk * head.num_envs
 
+    def _flat_nbytes(self, head: Head) -> int:
+        """Bytes of a head's flat files."""
+        rows = self._schema.time_chunk(head.num_envs) * head.num_envs
+        flat = [field for field in self._schema.fields if not field.packed]
+        return sum(len(head.files[field.name]) * rows * field.row_nbytes for field in flat)
+
     def _reserved(self, stream: int) -> int:
         return self._spaces[stream].rows if stream in self._spaces else -1
 
@@ -225,8 +237,7 @@ class Reader:
             spaces[stream] = StreamSpace(head, base, rows)
             base += rows
         fields = [field for field in self._schema.fields if not field.packed]
-        nbytes = sum(map(self._needed_rows, heads.values())) * sum(field.row_nbytes for field in fields)
-        self._patience = Patience(nbytes)
+        self._patience = Patience(sum(self._flat_nbytes(head) for head in heads.values()))
         flat = {field.name: FlatColumn(field, base, huge=self._patience.is_left) for field in fields}
         for stream, space in spaces.items():
             self._map_flat(flat, stream, space, already=None)

@@ -12,13 +12,16 @@ import pytest
 
 from replaystore import files
 from replaystore.files import (
+    HAS_HUGE_PAGES,
     HUGE_PAGE,
     MAX_STRETCHES,
     PAGE,
     AddressRange,
+    _limit_files,
     drop_from_cache,
     major_faults,
     map_whole,
+    memory_limit,
     populate,
     prefetch,
 )
@@ -62,7 +65,32 @@ def test_addresses_begin_at_a_huge_page_and_none_are_kept_besides():
     assert mapped_bytes() - before < size
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="how other kernels read is not known")
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/a/b\n", {"a/memory.max": "5000", "a/b/memory.max": "max", "memory.max": "9000"}, [5000, 9000]),
+        ("0::/\n", {"memory.max": "max"}, []),
+        ("0::/a/b\n", {"memory.max": "7000"}, [7000]),
+        (
+            "3:cpu:/a\n2:memory:/a\n",
+            {"memory/a/memory.limit_in_bytes": "800", "cpu/a/memory.limit_in_bytes": "1"},
+            [800],
+        ),
+        ("", {"memory.max": "7000"}, []),
+    ],
+)
+def test_memory_is_what_control_groups_leave_of_the_machines(groups, files, expected, tmp_path, monkeypatch):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "groups").write_text(groups)
+    found = [each.read_text() for each in _limit_files(tmp_path / "groups", tmp_path)]
+    assert sorted(int(text) for text in found if text != "max") == expected
+    assert list(_limit_files(tmp_path / "none", tmp_path)) == []
+    assert 1 << 20 < memory_limit() <= os.sysconf("SC_PHYS_PAGES") * PAGE
+
+
+@pytest.mark.skipif(not HAS_HUGE_PAGES, reason="there are no huge pages")
 def test_pages_of_huge_ranges_are_read_from_disk_together(tmp_path):
     path, nbytes = tmp_path / "file", 2 * HUGE_PAGE
     path.write_bytes(bytes(nbytes))

@@ -14,7 +14,7 @@ import replaystore.foresight
 import replaystore.reader
 from replaystore import Field, ReplayStore, Schema, Transition
 from replaystore.codec import ChunkCodec
-from replaystore.files import HUGE_PAGE, AddressRange
+from replaystore.files import HAS_HUGE_PAGES, HUGE_PAGE, AddressRange
 from replaystore.foresight import ITEMS_A_WAIT, Foresight, Patience
 
 
@@ -69,6 +69,7 @@ def test_what_is_read_is_what_was_asked_for_ahead(copied, tmp_path, monkeypatch)
     assert len({start for start, nbytes in asked if 16 < nbytes < 4096}) > len(chunks) // 2
 
 
+@pytest.mark.skipif(not HAS_HUGE_PAGES, reason="flat files are read by page where there are no huge pages")
 def test_huge_pages_are_waited_for_until_that_was_often_in_vain(tmp_path, monkeypatch):
     with ReplayStore.create(tmp_path / "store", schema()) as store:
         Recorder(store).step(500)
@@ -89,6 +90,7 @@ def test_huge_pages_are_waited_for_until_that_was_often_in_vain(tmp_path, monkey
         assert asked == [4]
 
 
+@pytest.mark.skipif(not HAS_HUGE_PAGES, reason="there is no patience where there are no huge pages")
 def test_patience_is_for_reading_all_once_and_for_some_waiting_all_the_time():
     patience = Patience(200 * HUGE_PAGE)
     for waits in (100, 100, 8):
@@ -107,15 +109,32 @@ def test_patience_is_for_reading_all_once_and_for_some_waiting_all_the_time():
     assert not patience.is_left, "patience is not saved up"
 
 
+@pytest.mark.skipif(not HAS_HUGE_PAGES, reason="flat files are read by page where there are no huge pages")
 def test_columns_that_would_fill_the_memory_are_read_by_page(tmp_path, monkeypatch):
     with ReplayStore.create(tmp_path / "store", schema()) as store:
         Recorder(store).step(20)
     nbytes = schema().time_chunk(1) * (8 + 8 + 1 + 1)
-    for memory, huge in ((4 * nbytes, True), (4 * nbytes - 4, False)):
-        monkeypatch.setattr(replaystore.foresight, "machine_memory", lambda memory=memory: memory)
+    for memory, huge in ((2 * nbytes, True), (2 * nbytes - 2, False)):
+        monkeypatch.setattr(replaystore.foresight, "memory_limit", lambda memory=memory: memory)
         with ReplayStore.open(tmp_path / "store") as store:
             assert store._view._reader._patience.is_left == huge
             assert {column._range._huge for column in store._view._reader._flat.values()} == {huge}
+
+
+def test_patience_is_for_the_flat_files_there_are_not_for_those_evicted(tmp_path):
+    path = tmp_path / "store"
+    with ReplayStore.create(path, schema(), capacity=3000) as store:
+        Recorder(store).step(30_000)
+    names = ("action", "reward", "terminated", "truncated")
+    sizes = [
+        file.stat().st_size
+        for name in names
+        for file in path.glob(f"streams/*/{name}/c/**/*")
+        if file.is_file()
+    ]
+    assert sum(sizes) < 10_000 * (8 + 8 + 1 + 1)
+    with ReplayStore.open(path) as store:
+        assert store._view._reader._patience._most == sum(sizes) / HUGE_PAGE + 8
 
 
 def covered(addresses, asked):
