@@ -15,14 +15,7 @@ import numpy as np
 from replaystore.arena import PackedColumn, StreamSpace, check_there, newest_head, stream_path
 from replaystore.errors import CorruptionError, SnapshotExpired
 from replaystore.field import Field
-from replaystore.files import (
-    PAGE,
-    FileState,
-    chunk_path,
-    major_faults,
-    prefetch,
-    size_of,
-)
+from replaystore.files import PAGE, FileState, chunk_path, major_faults, prefetch, size_of
 from replaystore.flat import FlatColumn, file_checksum
 from replaystore.foresight import Foresight, Patience
 from replaystore.head import Head
@@ -72,7 +65,8 @@ class Reader:
         self._width = np.zeros(0, np.int64)
         self._lowest: np.ndarray | None = None  # by stream: the first row to be read, if some were evicted
         self._flat: dict[str, FlatColumn] = {}
-        self._patience = Patience(0)
+        self._flat_fields = [field for field in schema.fields if not field.packed]
+        self._patience: Patience  # with the columns of flat fields
         self._foresight = Foresight(major_faults)
         self._recycler = Recycler()
         self._is_plain = False  # one stream of one environment: the number of a row is its time
@@ -223,8 +217,7 @@ class Reader:
     def _flat_nbytes(self, head: Head) -> int:
         """Bytes of a head's flat files."""
         rows = self._schema.time_chunk(head.num_envs) * head.num_envs
-        flat = [field for field in self._schema.fields if not field.packed]
-        return sum(len(head.files[field.name]) * rows * field.row_nbytes for field in flat)
+        return sum(len(head.files[field.name]) * rows * field.row_nbytes for field in self._flat_fields)
 
     def _reserved(self, stream: int) -> int:
         return self._spaces[stream].rows if stream in self._spaces else -1
@@ -236,9 +229,9 @@ class Reader:
             rows = 2 * max(self._needed_rows(head), self._schema.time_chunk(head.num_envs) * head.num_envs)
             spaces[stream] = StreamSpace(head, base, rows)
             base += rows
-        fields = [field for field in self._schema.fields if not field.packed]
         self._patience = Patience(sum(self._flat_nbytes(head) for head in heads.values()))
-        flat = {field.name: FlatColumn(field, base, huge=self._patience.is_left) for field in fields}
+        huge = self._patience.is_left
+        flat = {field.name: FlatColumn(field, base, huge=huge) for field in self._flat_fields}
         for stream, space in spaces.items():
             self._map_flat(flat, stream, space, already=None)
         self._spaces, self._flat = spaces, flat

@@ -11,34 +11,24 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from bench_data import Recording, write_long_store
 
 import replaystore.foresight
-from replaystore import Field, ReplayStore, Schema
+from replaystore import ReplayStore
 from replaystore.files import drop_from_cache, major_faults
 
-STEPS = 1000  # of an episode
+ROWS = 1000  # written over and over
 BATCH = 256
 
 
-def make_store(path: Path, transitions: int) -> None:
-    fields = [Field("observation", (17,), "float64"), Field("action", (6,), "float32")]
-    fields += [
-        Field("reward", (), "float64"),
-        Field("terminated", (), "bool"),
-        Field("truncated", (), "bool"),
-    ]
-    rng = np.random.default_rng(0)
-    observation, action = rng.random((STEPS + 1, 17)), rng.random((STEPS, 6), np.float32)
-    never, ends = np.zeros(STEPS, bool), np.arange(STEPS) == STEPS - 1
-    with ReplayStore.create(path, Schema(fields)) as store:
-        for _ in tqdm(range(transitions // STEPS), desc="recording", mininterval=5):
-            store.add_episode(
-                observation=observation, action=action, reward=action[:, 0], terminated=never, truncated=ends
-            )
+def recording() -> Recording:
+    """Rows of HalfCheetah's shapes; what is read as it was written takes as long whatever it is."""
+    rng, never = np.random.default_rng(0), np.zeros(ROWS, bool)
+    observation, action = rng.random((ROWS, 17)), rng.random((ROWS, 6), np.float32)
+    return Recording(observation, action, action[:, 0], never, never, begins=never, stack=1)
 
 
-def rates(path: Path, seconds: int) -> tuple[list[float], int]:
+def rates(path: Path, seconds: int) -> tuple[list[int], int]:
     """Transitions in each second since the store was opened, and how often the disk was waited for."""
     drop_from_cache(path)
     rng, drawn, waits = np.random.default_rng(0), [0] * seconds, major_faults()
@@ -58,8 +48,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         path = Path(folder) / "store"
-        make_store(path, arguments.transitions)
-        found: dict[str, list[tuple[list[float], int]]] = {"huge pages": [], "page by page": []}
+        write_long_store(path, recording(), arguments.transitions)
+        found: dict[str, list[tuple[list[int], int]]] = {"huge pages": [], "page by page": []}
         for _ in range(arguments.rounds):
             for runs, huge in zip(found.values(), (True, False), strict=True):
                 replaystore.foresight.HAS_HUGE_PAGES = huge
