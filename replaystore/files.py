@@ -33,7 +33,8 @@ MEMORY_START = 4096  # below which no program has anything
 MAX_STRETCHES = 1024  # that Linux takes in one call
 
 _MAP_FIXED = 0x10  # the same on Linux and macOS; the mmap module does not name it
-_MADV_POPULATE_WRITE = 23  # of Linux
+_MADV_POPULATE_READ = 22  # of Linux, as the next
+_MADV_POPULATE_WRITE = 23
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 HAS_HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE") and os.path.isdir("/sys/kernel/mm/transparent_hugepage")
 _FAILED = ctypes.c_void_p(-1).value
@@ -281,6 +282,22 @@ class GrowingFile:
     def truncate(self, nbytes: int) -> None:
         if os.fstat(self._descriptor).st_size != nbytes:
             os.ftruncate(self._descriptor, nbytes)
+
+    def hold_in_huge_pages(self, offset: int, nbytes: int) -> None:
+        """Have the page cache hold as such all huge pages that begin in a stretch where nothing was written yet.
+
+        What is then written in small pieces lies in them, and readers map them. Otherwise it would lie in
+        pages of the pieces' sizes. Where the kernel cannot, or has no memory to spare, nothing happens.
+        """
+        size = os.fstat(self._descriptor).st_size // HUGE_PAGE * HUGE_PAGE
+        starts = range(-(-offset // HUGE_PAGE) * HUGE_PAGE, min(offset + nbytes, size), HUGE_PAGE)
+        if not starts or not HAS_HUGE_PAGES:
+            return
+        with contextlib.suppress(LimitError, OSError):  # too few addresses: the pages may be small ones
+            whole = AddressRange(size, huge=True)
+            whole._place(self._descriptor, 0, size)
+            for start in starts:
+                _libc.madvise(whole.address + start, PAGE, _MADV_POPULATE_READ)
 
     def sync(self) -> None:
         os.fsync(self._descriptor)

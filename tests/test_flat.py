@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from test_windows import random_value
 from replaystore.codec import crc32c
 from replaystore.errors import CorruptionError
 from replaystore.field import Field
-from replaystore.files import chunk_path
+from replaystore.files import HAS_HUGE_PAGES, HUGE_PAGE, AddressRange, chunk_path
 from replaystore.flat import FlatColumn, FlatWriter
 
 FILE_ROWS = 4096
@@ -134,6 +135,48 @@ def test_a_file_uses_disk_blocks_for_its_rows_only(tmp_path):
     found = chunk_path(tmp_path, 0, 3).stat()
     assert found.st_size == 4096 * 480
     assert found.st_blocks * 512 <= 20 * 480 + 8192
+
+
+def nbytes_in_huge_pages(path, nbytes):
+    """How many of a file's first bytes are mapped in huge pages when all of them are looked at."""
+    range_ = AddressRange(nbytes, huge=True)
+    range_.place(path, offset=0, nbytes=nbytes)
+    np.asarray(range_)[:: HUGE_PAGE // 8].max()
+    maps = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+    return 1024 * sum(int(text.split("FilePmdMapped:")[1].split()[0]) for text in maps)
+
+
+@pytest.mark.skipif(not HAS_HUGE_PAGES, reason="there are no huge pages")
+@pytest.mark.parametrize("piece", [37, 4096, 9000])
+def test_what_is_written_in_small_pieces_is_held_in_huge_pages(tmp_path, piece):
+    (tmp_path / "large").write_bytes(b"a" * 2 * HUGE_PAGE)
+    if nbytes_in_huge_pages(tmp_path / "large", 2 * HUGE_PAGE) < HUGE_PAGE:
+        pytest.skip("this file system keeps no huge pages")
+    (tmp_path / "x").mkdir()
+    rows = 2 * HUGE_PAGE // 480
+    array = FlatWriter(tmp_path / "x", Field("x", (60,), "float64"), num_envs=1, time_chunk=4 * FILE_ROWS)
+    for top in [*range(4000, rows, piece), rows]:  # the first ones without huge pages
+        cells = array.cells(top)
+        cells[:] = np.arange(array.state.floor, top)[:, None, None] + 1
+        array.state, _ = array.write(cells, top)
+    path = chunk_path(tmp_path / "x", 0, 3)
+    assert nbytes_in_huge_pages(path, 2 * HUGE_PAGE) == HUGE_PAGE
+    assert path.stat().st_blocks * 512 <= rows * 480 + 8192
+    found = np.fromfile(path, np.float64).reshape(-1, 60)
+    assert (found[:rows] == np.arange(1, rows + 1)[:, None]).all()
+    assert not found[rows:].any()
+
+
+def test_the_beginning_of_an_array_is_held_in_small_pages(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "replaystore.files.GrowingFile.hold_in_huge_pages", lambda *what: asked.append(what[1:])
+    )
+    array = FlatWriter(tmp_path, Field("x", (60,), "float64"), num_envs=1, time_chunk=2 * FILE_ROWS)
+    array.state, _ = array.write(array.cells(4000), 4000)
+    assert not asked
+    array.state, _ = array.write(array.cells(9000), 9000)
+    assert asked == [(4000 * 480, 4192 * 480), (0, 808 * 480)]
 
 
 @pytest.mark.parametrize("wrong", ["missing", "empty", "short", "long", "directory", "link", "pipe"])
