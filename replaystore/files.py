@@ -296,6 +296,7 @@ class GrowingFile:
         with contextlib.suppress(LimitError, OSError):  # too few addresses: the pages may be small ones
             whole = AddressRange(size, huge=True)
             whole._place(self._descriptor, 0, size)
+            _libc.madvise(whole.address, size, mmap.MADV_RANDOM)  # no small pages read ahead of the others
             for start in starts:
                 _libc.madvise(whole.address + start, PAGE, _MADV_POPULATE_READ)
 

@@ -39,13 +39,13 @@ class Foresight:
 class Patience:
     """Whether flat files are read in huge pages, as long as that is not in vain.
 
-    They are if they take at most half of the memory that the process may have. Each of their huge
+    They are if they take at most three quarters of the memory that the process may have. Each of their huge
     pages may be waited for once, and one more for every 256 items; if more is waited for, something
     else needs the memory, and a row is better read with the page around it alone.
     """
 
     def __init__(self, nbytes: int) -> None:
-        self.is_left = HAS_HUGE_PAGES and nbytes <= memory_limit() // 2
+        self.is_left = HAS_HUGE_PAGES and nbytes <= memory_limit() * 3 // 4
         self._most = self._left = nbytes / HUGE_PAGE + 8
 
     def note(self, waits: int, items: int) -> None:

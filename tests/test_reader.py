@@ -114,7 +114,7 @@ def test_columns_that_would_fill_the_memory_are_read_by_page(tmp_path, monkeypat
     with ReplayStore.create(tmp_path / "store", schema()) as store:
         Recorder(store).step(20)
     nbytes = schema().time_chunk(1) * (8 + 8 + 1 + 1)
-    for memory, huge in ((2 * nbytes, True), (2 * nbytes - 2, False)):
+    for memory, huge in ((nbytes * 4 // 3 + 1, True), (nbytes * 4 // 3 - 1, False)):
         monkeypatch.setattr(replaystore.foresight, "memory_limit", lambda memory=memory: memory)
         with ReplayStore.open(tmp_path / "store") as store:
             assert store._view._reader._patience.is_left == huge
