@@ -147,20 +147,20 @@ def nbytes_in_huge_pages(path, nbytes):
 
 
 @pytest.mark.skipif(not HAS_HUGE_PAGES, reason="there are no huge pages")
-@pytest.mark.parametrize("piece", [37, 4096, 9000])
+@pytest.mark.parametrize("piece", [137, 4096, 14000])
 def test_what_is_written_in_small_pieces_is_held_in_huge_pages(tmp_path, piece):
     (tmp_path / "large").write_bytes(b"a" * 2 * HUGE_PAGE)
     if nbytes_in_huge_pages(tmp_path / "large", 2 * HUGE_PAGE) < HUGE_PAGE:
         pytest.skip("this file system keeps no huge pages")
     (tmp_path / "x").mkdir()
-    rows = 2 * HUGE_PAGE // 480
-    array = FlatWriter(tmp_path / "x", Field("x", (60,), "float64"), num_envs=1, time_chunk=4 * FILE_ROWS)
+    rows = 8 * HUGE_PAGE // 480
+    array = FlatWriter(tmp_path / "x", Field("x", (60,), "float64"), num_envs=1, time_chunk=16 * FILE_ROWS)
     for top in [*range(4000, rows, piece), rows]:  # the first ones without huge pages
         cells = array.cells(top)
         cells[:] = np.arange(array.state.floor, top)[:, None, None] + 1
         array.state, _ = array.write(cells, top)
     path = chunk_path(tmp_path / "x", 0, 3)
-    assert nbytes_in_huge_pages(path, 2 * HUGE_PAGE) == HUGE_PAGE
+    assert nbytes_in_huge_pages(path, 8 * HUGE_PAGE) >= 6 * HUGE_PAGE
     assert path.stat().st_blocks * 512 <= rows * 480 + 8192
     found = np.fromfile(path, np.float64).reshape(-1, 60)
     assert (found[:rows] == np.arange(1, rows + 1)[:, None]).all()
