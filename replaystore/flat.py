@@ -149,12 +149,23 @@ class FlatColumn:
         data = self._bytes[: rows * field.row_nbytes]
         self.rows = data.view(field.dtype).reshape(rows, *field.shape)
         self.few = SMALLEST // field.row_nbytes  # rows that `take` allocates memory for well
+        self._runs: dict[int, np.ndarray] = {}  # by length: the bytes of so many rows, from each row on
 
     def place(self, array: Path, number: int, *, row: int, rows: int) -> None:
         """Map a file of `rows` rows so that its first is row `row` of the column."""
         nbytes = self._field.row_nbytes
         path = chunk_path(array, number, 2 + len(self._field.shape))
         self._range.place(path, offset=row * nbytes, nbytes=rows * nbytes, exact=True)
+
+    def take_runs(self, numbers: np.ndarray, length: int) -> np.ndarray:
+        """The rows from each of these numbers on, `length` of them: (batch, length, *shape)."""
+        runs = self._runs.get(length)
+        if runs is None:
+            nbytes = self._field.row_nbytes
+            count, kind = len(self.rows) - length + 1, f"V{length * nbytes}"
+            runs = self._runs[length] = np.ndarray((count,), kind, self._bytes, strides=(nbytes,))
+        taken: np.ndarray = runs[numbers].view(self._field.dtype)
+        return taken.reshape(len(numbers), length, *self._field.shape)
 
     def touch(self, numbers: np.ndarray) -> None:
         """Have the pages in which rows begin read from disk."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from replaystore.errors import UsageError
-from replaystore.index import Places, Spacing, Wanted
+from replaystore.index import Places, Run, Spacing, Wanted
 from replaystore.orders import mixed
 from replaystore.schema import Nested, Schema
 from replaystore.windows import Batch, Items, RowTimes, Transition, new_seeds
@@ -89,7 +89,9 @@ class Relabelled:
         words = mixed(seeds.astype(np.uint64))
         later = (_fractions(mixed(words)) * (places.last - places.time)).astype(np.int64)
         transitions = self.window.rows(places)
-        achieved = np.concatenate([transitions.observation, (places.time + 1 + later)[:, None]], axis=1)
+        frames = transitions.observation
+        times = frames.times if isinstance(frames, Run) else frames
+        achieved = np.concatenate([times, (places.time + 1 + later)[:, None]], axis=1)
         return GoalTimes(transitions, achieved, _fractions(words) < self._share)
 
     def seeded(self, seeds: np.ndarray) -> "Relabelled":

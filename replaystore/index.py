@@ -45,7 +45,22 @@ class Places(NamedTuple):
     truncated: np.ndarray | None = None
 
 
-Wanted: TypeAlias = Sequence[tuple[np.ndarray, Sequence[str]]]
+class Run(NamedTuple):
+    """Times that follow each other: `length` of them from each of `first`, (batch,) int64, on."""
+
+    first: np.ndarray
+    length: int
+
+    @property
+    def times(self) -> np.ndarray:
+        """Each of them, (batch, length)."""
+        times: np.ndarray = (
+            np.arange(self.length)[:, None] + self.first
+        ).T  # numpy adds along the longer side
+        return times
+
+
+Wanted: TypeAlias = Sequence[tuple[np.ndarray | Run, Sequence[str]]]
 """What to read at places: times, (batch, …) int64, and the names of the fields to read there."""
 
 

@@ -19,10 +19,12 @@ from replaystore.files import PAGE, FileState, chunk_path, major_faults, prefetc
 from replaystore.flat import FlatColumn, file_checksum
 from replaystore.foresight import Foresight, Patience
 from replaystore.head import Head
-from replaystore.index import CONTEXT, Places, Wanted
+from replaystore.index import CONTEXT, Places, Run, Wanted
 from replaystore.packed import open_shard
 from replaystore.recycler import Recycler
 from replaystore.schema import Schema
+
+MOST_RUNS = 1 << 15  # read at once; more rows are better read into memory that is used again
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 
@@ -43,7 +45,8 @@ class _Rows(NamedTuple):
     """Rows to read: `number` in the common numbering, and what that was made of.
 
     `time` and `number` are (batch, …), `env`, `base` and `width` broadcast to that. `held` marks
-    those that the writer holds, and is None if there are none.
+    those that the writer holds, and is None if there are none. From each number on, `length` rows
+    are read; with more than one, none is held.
     """
 
     number: np.ndarray
@@ -52,6 +55,7 @@ class _Rows(NamedTuple):
     base: np.ndarray | int
     width: np.ndarray | int
     held: np.ndarray | None
+    length: int = 1
 
 
 class Reader:
@@ -69,6 +73,7 @@ class Reader:
         self._patience: Patience  # with the columns of flat fields
         self._foresight = Foresight(major_faults)
         self._recycler = Recycler()
+        self._has_runs = False  # rows of an episode lie side by side: one environment, all fields flat
         self._is_plain = False  # one stream of one environment: the number of a row is its time
         packed = [field for field in schema.fields if field.packed]
         share = cache_bytes // max(1, len(packed))
@@ -108,7 +113,13 @@ class Reader:
 
         `allocate(shape, dtype)` gives the arrays to read into.
         """
-        located = [(self._locate(places, times, tails), names) for times, names in wanted]
+        has_runs = (
+            self._has_runs
+            and allocate is None
+            and not self._foresight.is_on
+            and len(places.time) <= MOST_RUNS
+        )
+        located = [(self._locate(places, times, tails, has_runs), names) for times, names in wanted]
         ends = {"terminated": places.terminated, "truncated": places.truncated}
         if self._foresight.is_on:
             self._have_flat(located, ends)
@@ -121,6 +132,9 @@ class Reader:
                     arrays[name] = rows.time == _widened(end, rows.time)
                     continue
                 column = self._flat.get(name)
+                if rows.length > 1 and column is not None:
+                    arrays[name] = column.take_runs(rows.number, rows.length)
+                    continue
                 if column is not None and 0 < size <= column.few:
                     arrays[name] = column.rows.take(rows.number, 0, None, "clip")
                     continue
@@ -182,22 +196,35 @@ class Reader:
             for each in self._flat.values():
                 each.read_by_page()
 
-    def _locate(self, places: Places, time: np.ndarray, tails: Sequence[Tail]) -> "_Rows":
-        """Find rows in the common numbering; of those that were evicted the files may be gone."""
+    def _locate(
+        self, places: Places, times: np.ndarray | Run, tails: Sequence[Tail], has_runs: bool
+    ) -> "_Rows":
+        """Find rows in the common numbering: as runs, with `has_runs`, if no writer holds one of them."""
+        if isinstance(times, Run):
+            if has_runs:
+                rows = self._locate_from(places, times.first, times.length, tails)
+                if rows.held is None:
+                    return rows
+            times = times.times
+        return self._locate_from(places, times, 1, tails)
+
+    def _locate_from(self, places: Places, time: np.ndarray, length: int, tails: Sequence[Tail]) -> "_Rows":
+        """Find the rows from these times on; of those that were evicted the files may be gone."""
         if self._lowest is not None and (time < _widened(self._lowest[places.stream], time)).any():
             raise SnapshotExpired(
                 f"{self._root}: some of these rows were evicted: choose among those there are"
             )
         if self._is_plain:
-            held = time >= tails[0].floor[0] if tails else None
-            return _Rows(time, time, 0, 0, 1, held if held is not None and held.any() else None)
+            held = time >= tails[0].floor[0] - (length - 1) if tails else None
+            return _Rows(time, time, 0, 0, 1, held if held is not None and held.any() else None, length)
         stream, env = _widened(places.stream, time), _widened(places.env, time)
         base, width = self._base[stream], self._width[stream]
         held = np.zeros(time.shape, bool) if tails else None
         for tail in tails:
-            held |= (stream == tail.stream) & (time >= tail.floor[env * (stream == tail.stream)])
+            floor = tail.floor[env * (stream == tail.stream)] - (length - 1)
+            held |= (stream == tail.stream) & (time >= floor)
         held = held if held is not None and held.any() else None
-        return _Rows(base + time * width + env, time, env, base, width, held)
+        return _Rows(base + time * width + env, time, env, base, width, held, length)
 
     def _gather(self, field: Field, rows: "_Rows", out: np.ndarray) -> None:
         if not len(out):
@@ -235,7 +262,8 @@ class Reader:
         for stream, space in spaces.items():
             self._map_flat(flat, stream, space, already=None)
         self._spaces, self._flat = spaces, flat
-        self._is_plain = len(heads) == 1 and all(head.num_envs == 1 for head in heads.values())
+        is_single = all(head.num_envs == 1 for head in heads.values())
+        self._has_runs, self._is_plain = is_single and not self._packed, is_single and len(heads) == 1
         self._base = np.zeros(max(heads) + 1, np.int64)
         self._width = np.ones(max(heads) + 1, np.int64)
         for stream, space in spaces.items():

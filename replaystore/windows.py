@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import numpy as np
 
 from replaystore.errors import UsageError
-from replaystore.index import EACH, Places, Spacing, Wanted
+from replaystore.index import EACH, Places, Run, Spacing, Wanted
 from replaystore.schema import FLAGS, Nested, Schema
 
 ALL = slice(None)
@@ -89,13 +89,13 @@ def new_seeds(n: int, rng: np.random.Generator) -> np.ndarray:
 class RowTimes(NamedTuple):
     """The rows to read for a batch, as times within each item's column; int64.
 
-    Fields that are read at the same rows share one array. `observation` is (batch, frames); `reward` (batch,) or (batch, n_step); `end`, the row of the
-    last step, and `start` are (batch,). `steps` counts the steps until `end`, (batch,), unless that
-    is always one. `before` marks the frames that would stand before the episode's first row, or is
-    None if none can.
+    Fields that are read at the same rows share one array. `observation` is (batch, frames); `reward`
+    (batch,) or (batch, n_step); `end`, the row of the last step, and `start` are (batch,). `steps`
+    counts the steps until `end`, (batch,), unless that is always one. `before` marks the frames that
+    would stand before the episode's first row, or is None if none can.
     """
 
-    observation: np.ndarray
+    observation: np.ndarray | Run
     before: np.ndarray | None
     reward: np.ndarray
     start: np.ndarray
@@ -163,6 +163,8 @@ class Transition:
     def rows(self, places: Places) -> RowTimes:
         """Which rows the items at these places need."""
         start = places.time
+        if self.n_step == self.frame_stack == 1:
+            return RowTimes(Run(start, 2), None, start, start, start, None)
         if self.n_step == 1:
             frames = (self._offsets[:, None] + start).T  # numpy adds along the longer side
             return RowTimes(*self._clamp(frames, places), start, start, start, None)

@@ -14,8 +14,11 @@ import replaystore.foresight
 import replaystore.reader
 from replaystore import Field, ReplayStore, Schema, Transition
 from replaystore.codec import ChunkCodec
+from replaystore.field import MAX_CHUNK_ROWS
 from replaystore.files import HAS_HUGE_PAGES, HUGE_PAGE, AddressRange
+from replaystore.flat import FlatColumn
 from replaystore.foresight import ITEMS_A_WAIT, Foresight, Patience
+from replaystore.index import Run
 
 
 def test_asking_ahead_begins_when_reads_wait_for_the_disk_and_ends_when_none_does():
@@ -157,6 +160,75 @@ def test_pages_of_a_store_on_disk_may_be_asked_for(num_envs, tmp_path, monkeypat
         store._view._reader._foresight.is_on = store._view._reader._packed["observation"].from_disk = True
         batch = store.read(np.arange(len(store)))
         assert sorted(batch.action.tolist()) == sorted(list(range(20)) * num_envs)
+
+
+def flat_schema(dtype="float32", shape=(3,)):
+    fields = [("observation/x", shape, dtype), ("observation/n", (), "int16"), ("action", (), "int64")]
+    fields += [("reward", (), "float64"), ("terminated", (), "bool"), ("truncated", (), "bool")]
+    return Schema([Field(*field) for field in fields])
+
+
+def add_flat_episode(store, rng, length):
+    schema = flat_schema()
+    values = {}
+    for field in schema.fields:
+        rows = length + schema.is_observation(field.name)
+        values[field.name] = rng.integers(2, size=(rows, *field.shape)).astype(field.dtype)
+    values["terminated"] = values["truncated"] = np.zeros(length, bool)
+    nested = {"x": values.pop("observation/x"), "n": values.pop("observation/n")}
+    store.add_episode(observation=nested, **values)
+
+
+@pytest.mark.parametrize(
+    "num_envs", [[1], [1, 1], [1, 2]], ids=["a stream", "two", "one of two environments"]
+)
+@pytest.mark.parametrize("most", [0, 50, 10**6], ids=["none", "of small batches", "of all"])
+def test_what_is_read_in_runs_is_what_is_read_row_by_row(num_envs, most, tmp_path, monkeypatch):
+    rng, path, taken = np.random.default_rng(0), tmp_path / "store", []
+    take_runs = FlatColumn.take_runs
+    monkeypatch.setattr(FlatColumn, "take_runs", lambda *what: taken.append(what[0]) or take_runs(*what))
+    for n in num_envs:
+        opened = (
+            ReplayStore.open(path, "a", num_envs=n)
+            if path.exists()
+            else ReplayStore.create(path, flat_schema(), num_envs=n)
+        )
+        with opened as store:
+            for length in (5, 1, 90, 33):
+                add_flat_episode(store, rng, length)
+    with ReplayStore.open(path) as store:
+        numbers = rng.permutation(len(store))
+        monkeypatch.setattr(replaystore.reader, "MOST_RUNS", 0)
+        slow = [store.read(some) for some in (numbers, numbers[:50])]
+        assert taken == []
+        monkeypatch.setattr(replaystore.reader, "MOST_RUNS", most)
+        fast = [store.read(some) for some in (numbers, numbers[:50])]
+        assert len(taken) == (0 if 2 in num_envs else 2 * (most >= 50) + 2 * (most > 50))
+    for one, other in zip(slow, fast, strict=True):
+        for kind in ("observation", "next_observation"):
+            for name in ("x", "n"):
+                a, b = getattr(one, kind)[name], getattr(other, kind)[name]
+                assert a.dtype == b.dtype
+                assert np.array_equal(a, b)
+        assert np.array_equal(one.reward, other.reward)
+
+
+def test_rows_that_a_writer_still_holds_are_not_read_in_runs(tmp_path):
+    length, values = 2 * MAX_CHUNK_ROWS, np.arange(2 * MAX_CHUNK_ROWS + 1, dtype="float32")
+    with ReplayStore.create(tmp_path / "store", flat_schema(shape=())) as store:
+        store.reset({"x": values[0], "n": 0})
+        for i in range(length):
+            store.step(i, {"x": values[i + 1], "n": 0}, 0.0, False, False)
+            if i == MAX_CHUNK_ROWS + 9:
+                store.flush()  # the writer holds the rows of chunks that are not full, and those after
+        for start in (0, MAX_CHUNK_ROWS - 2, MAX_CHUNK_ROWS - 1, MAX_CHUNK_ROWS):
+            for stop in (start + 1, start + 20, length):
+                batch = store.read(np.arange(start, stop))
+                assert np.array_equal(batch.observation["x"], values[start:stop])
+                assert np.array_equal(batch.next_observation["x"], values[start + 1 : stop + 1])
+        first = np.array([0, MAX_CHUNK_ROWS - 20])
+        found = store._view.arrays(store._view.index().locate(first), [(Run(first, 50), ["observation/x"])])
+        assert np.array_equal(found["observation/x"], values[first[:, None] + np.arange(50)])
 
 
 def test_no_transitions_of_an_empty_store_are_read_as_empty_arrays(tmp_path):
