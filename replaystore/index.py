@@ -20,6 +20,11 @@ import numpy as np
 
 from replaystore.errors import CorruptionError, UsageError
 
+try:
+    from replaystore import finding
+except ImportError:  # there was no C compiler
+    finding = None  # type: ignore[assignment]
+
 FEW = 100  # numbers that are found faster one by one
 STREAM_BIT = 40  # of an id
 WHOLE = 1 << 40  # a stride that no episode is longer than
@@ -116,6 +121,7 @@ class EpisodeIndex:
         self._count = 0
         self._buckets = np.empty(0, np.int64)
         self._bucket_bits = self._bucketed = 0  # log2 of a bucket's items; those in all of them
+        self._seen = 0  # closed episodes when the buckets were last looked at
         self._sorted_keys = np.empty(0, np.int64)  # of the first closed episodes, in order
         self._sorted = np.empty(0, np.int64)  # those episodes
         self._columns = np.zeros(0, np.int64)  # by stream: columns of the streams known before
@@ -283,12 +289,25 @@ class EpisodeIndex:
 
     def locate(self, numbers: np.ndarray) -> Places:
         """Find items by number; all must be from 0 to `len(self) - 1`."""
-        stream, env, first, last, terminated, truncated, shift, _ = self._of(self._find(numbers))
-        stride = self.spacing.stride
+        stream, env, first, last, terminated, truncated, time, _ = self._described(numbers)
         if self._is_cut:
             first = np.maximum(first, self.floors[stream] - CONTEXT)
-        time = (numbers if stride == 1 else numbers * stride) + shift
         return Places(stream, env, time, first, last, terminated, truncated)
+
+    def _described(self, numbers: np.ndarray) -> np.ndarray:
+        """The table's columns of the episodes that items belong to, (8, items), with times for shifts."""
+        if numbers.dtype != np.int64:
+            numbers = numbers.astype(np.int64, casting="safe")
+        stride = self.spacing.stride
+        if finding is None:
+            columns = self._of(self._find(numbers))
+            columns[6] += numbers if stride == 1 else numbers * stride
+            return columns
+        self._fill_buckets()
+        columns = np.empty((len(self._table), len(numbers)), np.int64)
+        buckets = self._buckets, self._bucket_bits
+        finding.locate(numbers, self._ends, self._table.T, self._count, *buckets, stride, columns)
+        return columns
 
     def _of(self, episodes: np.ndarray) -> np.ndarray:
         """The table's columns of some episodes, (8, episodes)."""
@@ -368,6 +387,9 @@ class EpisodeIndex:
 
     def _fill_buckets(self) -> None:
         """Note the episode of every 2^k-th item, once an eighth more of them is there."""
+        if self._closed == self._seen:
+            return
+        self._seen = self._closed
         ends = self._ends[: self._closed]
         if not len(self._buckets) or ends[-1] * 8 > self._bucketed * 9:
             self._bucket_bits = max(0, int(ends[-1] // len(ends) // 4).bit_length() - 1)

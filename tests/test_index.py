@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from replaystore.errors import CorruptionError
-from replaystore.index import EpisodeIndex, Extent, Spacing
+from replaystore.index import EpisodeIndex, Extent, Spacing, finding
+
+
+@pytest.fixture(autouse=True, params=[finding, None], ids=["compiled", "numpy"])
+def compiled(request, monkeypatch):
+    monkeypatch.setattr("replaystore.index.finding", request.param)
 
 
 def arrays(episodes, columns=3):

@@ -12,6 +12,7 @@ LAYER = {
     "errors": 0,
     "bounds": 1,
     "decoding": 1,
+    "finding": 1,
     "states": 1,
     "field": 1,
     "files": 1,

@@ -1,0 +1,143 @@
+/* Finds the episodes of many items in one call, and copies what the index has of them.
+ *
+ * The index is larger than the processor's caches where a store is large: what one item needs of it is
+ * asked for while others are looked at. `index.py` does the same with numpy where there is no compiler.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+
+enum { COLUMNS = 8, SHIFT = 6, AT_ONCE = 32, STEPS = 4 };
+
+typedef struct {
+    const int64_t *ends; /* items up to and with each episode */
+    const int64_t *rows; /* of each episode, COLUMNS of them */
+    int64_t count;
+    const int64_t *buckets; /* an episode at or before that of every 2^bits-th item */
+    int64_t buckets_count;
+    int bits;
+} Index;
+
+/* An episode at or before that of an item. */
+static int64_t begin_at(const Index *index, int64_t number)
+{
+    const int64_t bucket = number >> index->bits;
+    if (index->buckets_count == 0)
+        return 0;
+    const int64_t episode = index->buckets[bucket < index->buckets_count ? bucket : index->buckets_count - 1];
+    return episode >= 0 && episode < index->count ? episode : 0;
+}
+
+/* The episode of an item, which is `low` or a later one. */
+static int64_t find(const Index *index, int64_t number, int64_t low)
+{
+    int64_t high = index->count;
+    for (int step = 0; step < STEPS; step++, low++)
+        if (index->ends[low] > number)
+            return low;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        if (index->ends[middle] > number)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
+static void locate_each(const Index *index, const char *numbers, Py_ssize_t step, Py_ssize_t length, int64_t stride,
+                        int64_t *out)
+{
+    int64_t low[AT_ONCE];
+    for (Py_ssize_t start = 0; start < length; start += AT_ONCE) {
+        const Py_ssize_t count = length - start < AT_ONCE ? length - start : AT_ONCE;
+        for (Py_ssize_t i = 0; i < count; i++) {
+            low[i] = begin_at(index, *(const int64_t *)(numbers + (start + i) * step));
+            __builtin_prefetch(index->ends + low[i]);
+            __builtin_prefetch(index->rows + low[i] * COLUMNS);
+        }
+        for (Py_ssize_t i = 0; i < count; i++) {
+            const int64_t number = *(const int64_t *)(numbers + (start + i) * step);
+            const int64_t *row = index->rows + find(index, number, low[i]) * COLUMNS;
+            for (int column = 0; column < COLUMNS; column++)
+                out[column * length + start + i] = row[column] + (column == SHIFT ? number * stride : 0);
+        }
+    }
+}
+
+static int get_int64s(PyObject *object, Py_buffer *view, int flags, int dimensions)
+{
+    if (PyObject_GetBuffer(object, view, flags) < 0)
+        return -1;
+    if (view->ndim == dimensions && view->itemsize == sizeof(int64_t))
+        return 0;
+    PyBuffer_Release(view);
+    PyErr_SetString(PyExc_ValueError, "locate: expected int64 arrays of their dimensions");
+    return -1;
+}
+
+PyDoc_STRVAR(locate_doc,
+"locate(numbers, ends, rows, count, buckets, bits, stride, out)\n--\n\n"
+"Copy the rows, int64 (episodes, 8), of the episodes that items belong to: out[column, i] is of numbers[i],\n"
+"plus numbers[i] * stride in column 6.\n\n"
+"`numbers` is int64 (items,) and `out` int64 (8, items). `ends`, int64 (episodes,), counts items up to and with\n"
+"each of `count` episodes; more are not looked at. `buckets`, int64, has an episode at or before that of every 2^bits-th item; it may be empty.\n"
+"Raises IndexError for a number without an episode, ValueError if sizes do not match.");
+
+static PyObject *locate(PyObject *module, PyObject *arguments)
+{
+    enum { NUMBERS, ENDS, ROWS, BUCKETS, OUT, BUFFERS };
+    static const int flags[] = {PyBUF_STRIDES, PyBUF_ND, PyBUF_ND, PyBUF_ND, PyBUF_ND | PyBUF_WRITABLE};
+    static const int dimensions[] = {1, 1, 2, 1, 2};
+    PyObject *objects[BUFFERS];
+    Py_buffer views[BUFFERS];
+    int bits, got = 0;
+    Py_ssize_t count;
+    long long stride;
+
+    if (!PyArg_ParseTuple(arguments, "OOOnOiLO", &objects[NUMBERS], &objects[ENDS], &objects[ROWS], &count,
+                          &objects[BUCKETS], &bits, &stride, &objects[OUT]))
+        return NULL;
+    while (got < BUFFERS && get_int64s(objects[got], &views[got], flags[got], dimensions[got]) == 0)
+        got++;
+    if (got == BUFFERS) {
+        const Py_buffer *numbers = &views[NUMBERS];
+        const Index index = {views[ENDS].buf, views[ROWS].buf, count,
+                             views[BUCKETS].buf, views[BUCKETS].shape[0], bits};
+        const int fits = count >= 0 && count <= views[ENDS].shape[0] && count <= views[ROWS].shape[0]
+                         && views[ROWS].shape[1] == COLUMNS && views[OUT].shape[0] == COLUMNS
+                         && views[OUT].shape[1] == numbers->shape[0] && bits >= 0 && bits < 63;
+        const int64_t items = fits && count ? index.ends[count - 1] : 0;
+        int inside = 1;
+        for (Py_ssize_t i = 0; i < numbers->shape[0]; i++) {
+            const int64_t number = *(const int64_t *)((const char *)numbers->buf + i * numbers->strides[0]);
+            inside &= number >= 0 && number < items;
+        }
+        if (!fits)
+            PyErr_SetString(PyExc_ValueError, "locate: expected arrays of matching sizes");
+        else if (!inside)
+            PyErr_SetString(PyExc_IndexError, "locate: expected numbers of items that there are");
+        else
+            locate_each(&index, numbers->buf, numbers->strides[0], numbers->shape[0], stride, views[OUT].buf);
+    }
+    while (got--)
+        PyBuffer_Release(&views[got]);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"locate", locate, METH_VARARGS, locate_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "replaystore.finding", .m_size = 0, .m_methods = methods,
+};
+
+PyMODINIT_FUNC PyInit_finding(void)
+{
+    return PyModuleDef_Init(&definition);
+}

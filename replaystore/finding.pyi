@@ -1,0 +1,14 @@
+"""The compiled `finding.c`, where there is a compiler."""
+
+import numpy as np
+
+def locate(
+    numbers: np.ndarray,
+    ends: np.ndarray,
+    rows: np.ndarray,
+    count: int,
+    buckets: np.ndarray,
+    bits: int,
+    stride: int,
+    out: np.ndarray,
+) -> None: ...

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+
+from replaystore.index import finding
+
+pytestmark = pytest.mark.skipif(finding is None, reason="there was no C compiler")
+
+LENGTHS = [3, 0, 0, 0, 0, 0, 1, 7, 2]
+ENDS = np.cumsum(LENGTHS)
+ROWS = np.arange(8 * len(LENGTHS)).reshape(-1, 8) * 100
+EPISODES = np.arange(len(LENGTHS)).repeat(LENGTHS)
+
+
+def located(numbers, ends=ENDS, rows=ROWS, count=None, buckets=(), bits=0, stride=2, shape=None):
+    out = np.full((8, len(numbers)) if shape is None else shape, -1)
+    count = len(ends) if count is None else count
+    finding.locate(numbers, ends, rows, count, np.array(buckets, np.int64), bits, stride, out)
+    return out
+
+
+@pytest.mark.parametrize("buckets", [[], [0] * 13, [0, 0, 0, 6], [99, -1], EPISODES.tolist()], ids=len)
+@pytest.mark.parametrize("step", [1, -1, 3])
+@pytest.mark.parametrize("repeats", [0, 1, 9])
+def test_items_are_found_wherever_the_search_begins(buckets, step, repeats):
+    numbers = np.arange(13).repeat(repeats)[::step]
+    expected = ROWS[EPISODES[numbers]].T.copy()
+    expected[6] += 2 * numbers
+    assert np.array_equal(located(numbers, buckets=buckets), expected)
+
+
+def test_episodes_beyond_the_buckets_are_found():
+    ends = np.arange(1, 1001)
+    rows = np.arange(8000).reshape(1000, 8)
+    numbers = np.random.default_rng(0).integers(1000, size=500)
+    found = located(numbers, ends, rows, buckets=range(0, 400, 4), bits=2, stride=0)
+    assert np.array_equal(found, rows[numbers].T)
+
+
+@pytest.mark.parametrize("number", [-1, 13, 2**62, -(2**63)])
+def test_a_number_without_an_episode_is_refused(number):
+    with pytest.raises(IndexError, match="expected numbers of items"):
+        located(np.array([0, number, 1]))
+    with pytest.raises(IndexError, match="expected numbers of items"):
+        located(np.array([0, 11]), count=len(ENDS) - 1)
+
+
+def test_nothing_is_found_in_an_empty_index():
+    none = np.zeros(0, np.int64)
+    assert located(none, none, none.reshape(0, 8)).shape == (8, 0)
+    with pytest.raises(IndexError, match="expected numbers of items"):
+        located(np.array([0]), none, none.reshape(0, 8))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rows": ROWS[:-1]},
+        {"count": len(ENDS) + 1},
+        {"count": -1},
+        {"rows": ROWS[:, :7].copy()},
+        {"rows": ROWS.reshape(-1)},
+        {"ends": ENDS.astype(np.int32)},
+        {"ends": ENDS.reshape(1, -1)},
+        {"bits": -1},
+        {"bits": 64},
+        {"shape": (8, 1)},
+        {"shape": (7, 2)},
+    ],
+    ids=str,
+)
+def test_arrays_that_do_not_match_are_refused(wrong):
+    with pytest.raises((ValueError, IndexError), match="locate: expected"):
+        located(np.array([0, 1]), **wrong)
+
+
+def test_arrays_with_gaps_are_refused():
+    with pytest.raises((ValueError, BufferError)):
+        located(np.array([0, 1]), rows=ROWS[:, ::-1])
