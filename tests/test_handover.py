@@ -11,8 +11,10 @@ import pytest
 import torch
 from test_dataset import all_ids, assert_same, expected_batch, write_episodes
 
+import replaystore.dataset
 from replaystore.dataset import ReplayDataset
 from replaystore.handover import Inbox, Outbox
+from replaystore.samplers import Uniform
 
 
 def send(outbox, inbox, batch):
@@ -128,6 +130,27 @@ def test_workers_use_a_few_slots_over_an_epoch_and_those_of_the_last_epoch_are_l
         for batch in loader:
             assert len(batch["ids"]) <= 300
         assert len(loader.collate_fn._inbox._slots) <= 5
+
+
+@pytest.mark.parametrize("make", [lambda: Uniform(replace=False, seed=0), Uniform], ids=["a pass", "draws"])
+def test_more_items_are_read_together_if_they_are_small_and_many(make, tmp_path, monkeypatch):
+    dataset = ReplayDataset(write_episodes(tmp_path / "store", lengths=(900, 100)))
+    bounds = ("MOST_AT_ONCE", "READ_BYTES", "SHARES")
+    found = []
+    for limits, expected in [
+        ((4096, (1 << 20), 32), 256),
+        ((500, 600, 1), 500),
+        ((600, 500, 1), 500),
+        ((600, 600, 2), 500),
+    ]:
+        for bound, limit in zip(bounds, limits, strict=True):
+            nbytes = dataset.item_nbytes if bound == "READ_BYTES" else 1
+            monkeypatch.setattr(replaystore.dataset, bound, limit * nbytes)
+        assert dataset.together == expected
+        drawn = [each.numbers for each in dataset.loader(7, sampler=make(), seed=0).batch_sampler]
+        assert max(map(len, drawn)) == expected // 7 * 7
+        found.append(np.concatenate(drawn))
+    assert all(np.array_equal(found[0], each) for each in found)
 
 
 def test_small_batches_that_are_read_together_are_those_of_the_store(tmp_path):
