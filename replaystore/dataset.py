@@ -26,10 +26,7 @@ from replaystore.selection import Selection, check_sampler, check_window, item_o
 from replaystore.store import CACHE_BYTES, ReplayStore
 from replaystore.windows import Transition, Window, takes_seeds
 
-READ_AT_ONCE = 256  # items of the batches that are drawn and read together; of small ones more:
-MOST_AT_ONCE = 4096  # so many,
-READ_BYTES = 1 << 20  # or those that take so much memory,
-SHARES = 32  # or such a share of all, so that each worker finds some to read
+READ_AT_ONCE = 256  # items of the batches that are drawn and read together
 
 
 class ReplayDataset(Loadable):
@@ -119,10 +116,7 @@ class ReplayDataset(Loadable):
     @property
     def together(self) -> int:
         """How many items the batches that are drawn and read together have."""
-        if not isinstance(self.window, Transition | Relabelled):
-            return 1
-        share = len(self) // SHARES
-        return max(READ_AT_ONCE, min(share, MOST_AT_ONCE, READ_BYTES // self.item_nbytes if share else 0))
+        return READ_AT_ONCE if isinstance(self.window, Transition | Relabelled) else 1
 
     @property
     def item_nbytes(self) -> int:

@@ -13,6 +13,7 @@ import functools
 import itertools
 import mmap
 import os
+import re
 import resource
 import stat
 import sys
@@ -37,6 +38,7 @@ _MADV_POPULATE_READ = 22  # of Linux, as the next
 _MADV_POPULATE_WRITE = 23
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 HAS_HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE") and os.path.isdir("/sys/kernel/mm/transparent_hugepage")
+WRITES_BACK_PARTS = HAS_HUGE_PAGES and tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (6, 6)
 _FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -250,6 +252,8 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 class GrowingFile:
     """A file that one writer appends to; nothing below a committed length is written again."""
 
+    waits: ClassVar[int] = 0  # of this process for holes that were to be held in memory
+
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self._descriptor = descriptor
@@ -283,22 +287,25 @@ class GrowingFile:
         if os.fstat(self._descriptor).st_size != nbytes:
             os.ftruncate(self._descriptor, nbytes)
 
-    def hold_in_huge_pages(self, offset: int, nbytes: int) -> None:
-        """Have the page cache hold as such all huge pages that begin in a stretch where nothing was written yet.
+    def hold_end_in_huge_page(self, offset: int, nbytes: int) -> None:
+        """Before a stretch is written: have the page cache hold the huge page that it begins to fill as such.
 
-        What is then written in small pieces lies in them, and readers map them. Otherwise it would lie in
-        pages of the pieces' sizes. Where the kernel cannot, or has no memory to spare, nothing happens.
+        All that is written there lies in it then, in however small pieces, and readers map it. Pages that the
+        stretch fills are huge by themselves. The file must have nothing there yet. Where the kernel cannot, or
+        has no memory to spare, the pages are small ones; one that cannot write a part of them back is not asked.
         """
-        size = os.fstat(self._descriptor).st_size // HUGE_PAGE * HUGE_PAGE
-        starts = range(-(-offset // HUGE_PAGE) * HUGE_PAGE, min(offset + nbytes, size), HUGE_PAGE)
-        if not starts or not HAS_HUGE_PAGES:
+        start = (offset + nbytes) // HUGE_PAGE * HUGE_PAGE
+        end = start + HUGE_PAGE
+        is_new = offset <= start < offset + nbytes
+        if not is_new or not WRITES_BACK_PARTS or end > os.fstat(self._descriptor).st_size:
             return
-        with contextlib.suppress(LimitError, OSError):  # too few addresses: the pages may be small ones
-            whole = AddressRange(size, huge=True)
-            whole._place(self._descriptor, 0, size)
-            _libc.madvise(whole.address, size, mmap.MADV_RANDOM)  # no small pages read ahead of the others
-            for start in starts:
-                _libc.madvise(whole.address + start, PAGE, _MADV_POPULATE_READ)
+        before = _own_faults()
+        with contextlib.suppress(LimitError, OSError):  # too few addresses
+            whole = AddressRange(end, huge=True)
+            whole._place(self._descriptor, 0, end)
+            _libc.madvise(whole.address, end, mmap.MADV_RANDOM)  # no small pages read ahead of the others
+            _libc.madvise(whole.address + start, PAGE, _MADV_POPULATE_READ)
+        GrowingFile.waits += _own_faults() - before
 
     def sync(self) -> None:
         os.fsync(self._descriptor)
@@ -497,8 +504,13 @@ def _limit_files(groups: Path, root: Path) -> Iterator[Path]:
 
 
 def major_faults() -> int:
-    """How often this process has waited for a mapped page to be read from disk."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    """How often this process has waited for a mapped page to be read from disk, to read what it holds."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt - GrowingFile.waits
+
+
+def _own_faults() -> int:
+    """Those of this thread."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
 
 
 def _map(address: int | None, nbytes: int, protection: int, flags: int, descriptor: int) -> int:

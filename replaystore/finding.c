@@ -61,7 +61,8 @@ static void locate_each(const Index *index, const char *numbers, Py_ssize_t step
             const int64_t number = *(const int64_t *)(numbers + (start + i) * step);
             const int64_t *row = index->rows + find(index, number, low[i]) * COLUMNS;
             for (int column = 0; column < COLUMNS; column++)
-                out[column * length + start + i] = row[column] + (column == SHIFT ? number * stride : 0);
+                out[column * length + start + i] = row[column];
+            out[SHIFT * length + start + i] = (int64_t)((uint64_t)row[SHIFT] + (uint64_t)number * (uint64_t)stride);
         }
     }
 }

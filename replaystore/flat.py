@@ -110,7 +110,7 @@ class FlatWriter:
             data = cells[low - first : high - first].reshape(high - low, -1).view(np.uint8)
             with self._open(number) as file:
                 if low > 0:  # an array that is smaller than a huge page needs none
-                    file.hold_in_huge_pages((low - start) * self._stride, data.size)
+                    file.hold_end_in_huge_page((low - start) * self._stride, data.size)
                 file.write(data.reshape(-1).data, (low - start) * self._stride)
                 file.sync()
             complete = min(max(floor, low), high) - low

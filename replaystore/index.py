@@ -103,6 +103,15 @@ class Extent(NamedTuple):
     floors: list[list[int]] = []  # noqa: RUF012  # of those that were kept before there were any
 
 
+class _Buckets(NamedTuple):
+    """Of every 2^bits-th item its episode, of the first `items`; `closed` episodes were there."""
+
+    episodes: np.ndarray
+    bits: int
+    items: int
+    closed: int
+
+
 class EpisodeIndex:
     """Maps numbers to rows; closed episodes are appended and evicted, open ones replaced."""
 
@@ -119,9 +128,7 @@ class EpisodeIndex:
         self.version = 0  # grows with every change; no other index that is not empty has the same
         self._closed = 0
         self._count = 0
-        self._buckets = np.empty(0, np.int64)
-        self._bucket_bits = self._bucketed = 0  # log2 of a bucket's items; those in all of them
-        self._seen = 0  # closed episodes when the buckets were last looked at
+        self._buckets = _Buckets(np.empty(0, np.int64), 0, 0, 0)
         self._sorted_keys = np.empty(0, np.int64)  # of the first closed episodes, in order
         self._sorted = np.empty(0, np.int64)  # those episodes
         self._columns = np.zeros(0, np.int64)  # by stream: columns of the streams known before
@@ -303,10 +310,9 @@ class EpisodeIndex:
             columns = self._of(self._find(numbers))
             columns[6] += numbers if stride == 1 else numbers * stride
             return columns
-        self._fill_buckets()
+        episodes, bits, _, _ = self._filled_buckets()
         columns = np.empty((len(self._table), len(numbers)), np.int64)
-        buckets = self._buckets, self._bucket_bits
-        finding.locate(numbers, self._ends, self._table.T, self._count, *buckets, stride, columns)
+        finding.locate(numbers, self._ends, self._table.T, self._count, episodes, bits, stride, columns)
         return columns
 
     def _of(self, episodes: np.ndarray) -> np.ndarray:
@@ -316,7 +322,7 @@ class EpisodeIndex:
     def ids(self, places: Places) -> np.ndarray:
         """Names for transitions that never change."""
         if len(self.widths) == 1 and self.widths[0] == 1:
-            return places.time
+            return places.time.copy()  # and not all that was located with it
         ids: np.ndarray = (
             (places.stream << STREAM_BIT) + places.time * self.widths[places.stream] + places.env
         )
@@ -377,25 +383,27 @@ class EpisodeIndex:
         ends = self._ends[: self._count]
         if len(numbers) < FEW or not self._closed:
             return ends.searchsorted(numbers, side="right")
-        self._fill_buckets()
-        episode = self._buckets.take(numbers >> self._bucket_bits, mode="clip")
+        episodes, bits, _, _ = self._filled_buckets()
+        episode = episodes.take(numbers >> bits, mode="clip")
         for _ in range(2):
             episode += ends.take(episode) <= numbers
         late = np.flatnonzero(ends.take(episode) <= numbers)
         episode[late] = ends.searchsorted(numbers[late], side="right")
         return episode
 
-    def _fill_buckets(self) -> None:
-        """Note the episode of every 2^k-th item, once an eighth more of them is there."""
-        if self._closed == self._seen:
-            return
-        self._seen = self._closed
+    def _filled_buckets(self) -> "_Buckets":
+        """The buckets, filled anew once an eighth more items are there."""
+        known = self._buckets
+        if known.closed == self._closed:
+            return known
         ends = self._ends[: self._closed]
-        if not len(self._buckets) or ends[-1] * 8 > self._bucketed * 9:
-            self._bucket_bits = max(0, int(ends[-1] // len(ends) // 4).bit_length() - 1)
-            starts = np.arange(0, max(1, ends[-1]), 1 << self._bucket_bits)
-            self._buckets = ends.searchsorted(starts, side="right")
-            self._bucketed = int(ends[-1])
+        episodes, bits, items, _ = known
+        if not len(episodes) or ends[-1] * 8 > items * 9:
+            items = int(ends[-1])
+            bits = max(0, int(items // len(ends) // 4).bit_length() - 1)
+            episodes = ends.searchsorted(np.arange(0, max(1, items), 1 << bits), side="right")
+        self._buckets = _Buckets(episodes, bits, items, self._closed)  # at once, should an interrupt come
+        return self._buckets
 
     def episodes(self, start: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Stream, env, first and last row of the episodes from number `start` on.

@@ -18,6 +18,8 @@ from replaystore.samplers import Sampler
 
 SENT_AT_ONCE = 1024  # items that a worker reads at once, as a message costs what 20 of them do
 SENT_BYTES = 1 << 26  # but no more than this, if that is not less than are drawn together
+SMALL_AT_ONCE = 4096  # or this many if they are small,
+SMALL_BYTES = 1 << 20  # no more than this in all, also without workers
 POOL_BYTES = 1 << 27  # of a pool that are read at once
 
 Tensors = dict[str, Any]
@@ -94,12 +96,13 @@ class Loadable(Dataset[Tensors], Numbered, abc.ABC):
 
     def _read_at_once(self, sampler: Sampler, num_workers: int) -> int:
         """How many items of small batches are read at once: a pool and some, or what a worker sends."""
-        together, has_pools = self.together, sampler.pool > self.together
-        if together == 1 or not len(self) or not (has_pools or num_workers):
+        if self.together == 1 or not len(self):
             return 1
-        if has_pools:
-            return min(sampler.pool + together, POOL_BYTES // self.item_nbytes)
-        return min(SENT_AT_ONCE, SENT_BYTES // self.item_nbytes)
+        nbytes = self.item_nbytes
+        if sampler.pool > self.together:
+            return min(sampler.pool + self.together, POOL_BYTES // nbytes)
+        sent = min(SENT_AT_ONCE, SENT_BYTES // nbytes) if num_workers else 1
+        return max(sent, min(SMALL_AT_ONCE, SMALL_BYTES // nbytes))
 
     def batch(self, numbers: np.ndarray) -> Tensors:
         """Read items by number, as one dict of tensors with the batch first."""

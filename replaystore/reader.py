@@ -129,6 +129,7 @@ class Reader:
             for name in names:
                 end = ends.get(name)
                 if end is not None:
+                    assert rows.length == 1, "windows ask for flags at times, not in runs"
                     arrays[name] = rows.time == _widened(end, rows.time)
                     continue
                 column = self._flat.get(name)

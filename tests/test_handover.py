@@ -12,6 +12,7 @@ import torch
 from test_dataset import all_ids, assert_same, expected_batch, write_episodes
 
 import replaystore.dataset
+import replaystore.loader
 from replaystore.dataset import ReplayDataset
 from replaystore.handover import Inbox, Outbox
 from replaystore.samplers import Uniform
@@ -133,22 +134,19 @@ def test_workers_use_a_few_slots_over_an_epoch_and_those_of_the_last_epoch_are_l
 
 
 @pytest.mark.parametrize("make", [lambda: Uniform(replace=False, seed=0), Uniform], ids=["a pass", "draws"])
-def test_more_items_are_read_together_if_they_are_small_and_many(make, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_more_items_are_read_at_once_if_they_are_small(make, workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 7)
+    monkeypatch.setattr(replaystore.loader, "SENT_AT_ONCE", 14)
     dataset = ReplayDataset(write_episodes(tmp_path / "store", lengths=(900, 100)))
-    bounds = ("MOST_AT_ONCE", "READ_BYTES", "SHARES")
     found = []
-    for limits, expected in [
-        ((4096, (1 << 20), 32), 256),
-        ((500, 600, 1), 500),
-        ((600, 500, 1), 500),
-        ((600, 600, 2), 500),
-    ]:
-        for bound, limit in zip(bounds, limits, strict=True):
-            nbytes = dataset.item_nbytes if bound == "READ_BYTES" else 1
-            monkeypatch.setattr(replaystore.dataset, bound, limit * nbytes)
-        assert dataset.together == expected
-        drawn = [each.numbers for each in dataset.loader(7, sampler=make(), seed=0).batch_sampler]
-        assert max(map(len, drawn)) == expected // 7 * 7
+    for most, fitting, expected in [(1, 999, 14 if workers else 7), (70, 80, 70), (80, 70, 70)]:
+        monkeypatch.setattr(replaystore.loader, "SMALL_AT_ONCE", most)
+        monkeypatch.setattr(replaystore.loader, "SMALL_BYTES", fitting * dataset.item_nbytes)
+        loader = dataset.loader(7, sampler=make(), seed=0, num_workers=workers)
+        drawn = [each.numbers for each in loader.batch_sampler]
+        assert max(map(len, drawn)) == expected
+        assert len(drawn[0]) == len(drawn[-2]) == 7, "few at the ends of a pass"
         found.append(np.concatenate(drawn))
     assert all(np.array_equal(found[0], each) for each in found)
 

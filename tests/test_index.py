@@ -173,3 +173,21 @@ def test_many_numbers_lead_where_few_do_while_the_index_grows(longest):
         few = [index.locate(numbers[start : start + 50]) for start in range(0, 500, 50)]
         for together, alone in zip(index.locate(numbers), zip(*few, strict=True), strict=True):
             assert np.array_equal(together, np.concatenate(alone))
+
+
+def test_an_interrupt_while_buckets_are_filled_leaves_those_there_were(monkeypatch):
+    index, model = EpisodeIndex(), Model()
+    index.set_width(0, 1)
+    for first, count, length in ((0, 20, 1000), (30_000, 2000, 10)):
+        episodes = [(0, first + i * (length + 1), length, 0, 0) for i in range(count)]
+        index.append(0, *arrays(episodes, 5))
+        model.closed += [(0, *episode) for episode in episodes]
+        with monkeypatch.context() as patch:
+            patch.setattr("numpy.arange", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                index.locate(np.zeros(200, np.int64))
+    check(index, model)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt

@@ -120,28 +120,28 @@ def sizes_read(dataset, workers):
 
 
 def test_worker_reads_several_draws_at_once_but_few_at_the_ends_of_a_pass(path, monkeypatch):
-    for bound in ("READ_AT_ONCE", "MOST_AT_ONCE"):
-        monkeypatch.setattr(replaystore.dataset, bound, 8)
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
     found = sizes_read(ReplayDataset(path), workers=2)
     assert sum(found) == 910
     assert found[:4] == [8, 16, 32, 64]
     assert found[-4:] == [8, 8, 8, 6]
     assert max(found) > 128
+    assert sizes_read(ReplayDataset(path), workers=0) == found, "as the items are small"
+    monkeypatch.setattr(replaystore.loader, "SMALL_BYTES", 1)
     assert set(sizes_read(ReplayDataset(path), workers=0)) == {8, 6}
 
 
 @pytest.mark.parametrize("limit", ["SENT_BYTES", "SENT_AT_ONCE"])
 def test_worker_reads_one_draw_at_once_if_it_is_large(limit, path, monkeypatch):
-    for bound in ("READ_AT_ONCE", "MOST_AT_ONCE"):
-        monkeypatch.setattr(replaystore.dataset, bound, 8)
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
+    monkeypatch.setattr(replaystore.loader, "SMALL_BYTES", 1)
     monkeypatch.setattr(replaystore.loader, limit, 1)
     assert set(sizes_read(ReplayDataset(path), workers=2)) == {8, 6}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_pool_is_read_at_once_from_its_beginning_to_its_end(workers, path, monkeypatch):
-    for bound in ("READ_AT_ONCE", "MOST_AT_ONCE"):
-        monkeypatch.setattr(replaystore.dataset, bound, 8)
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
     dataset = ReplayDataset(path)
     loader = dataset.loader(4, sampler=Shuffled(pool=64, run=16), num_workers=workers)
     assert [len(drawn.numbers) for drawn in loader.batch_sampler] == [64] * 14 + [910 - 14 * 64]
@@ -170,8 +170,8 @@ def test_of_a_share_of_a_pool_as_many_items_are_read_as_hold_a_whole_one():
 
 
 def test_what_a_transform_makes_may_be_large(path, monkeypatch):
-    for bound in ("READ_AT_ONCE", "MOST_AT_ONCE"):
-        monkeypatch.setattr(replaystore.dataset, bound, 8)
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
+    monkeypatch.setattr(replaystore.loader, "SMALL_BYTES", 1)
     monkeypatch.setattr(replaystore.loader, "SENT_BYTES", 31 * ReplayDataset(path).item_nbytes)
     assert max(sizes_read(ReplayDataset(path), workers=2)) == 24
     calls = []
@@ -191,8 +191,7 @@ class NowAndThen(Uniform):
 
 
 def test_weights_of_some_draws_are_kept_beside_those_of_none(path, monkeypatch):
-    for bound in ("READ_AT_ONCE", "MOST_AT_ONCE"):
-        monkeypatch.setattr(replaystore.dataset, bound, 8)
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
     found = []
     for workers in (0, 2):
         loader = ReplayDataset(path).loader(4, sampler=NowAndThen(), seed=0, num_workers=workers)
@@ -207,8 +206,7 @@ def draw_passes(batches, passes, found):
 
 
 def test_what_was_drawn_before_an_error_is_given(path, monkeypatch):
-    for bound in ("READ_AT_ONCE", "MOST_AT_ONCE"):
-        monkeypatch.setattr(replaystore.dataset, bound, 8)
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
     given = []
     for workers in (0, 2):
         sampler = Mixed([(Once(), 0.9), (Uniform(), 0.1)])
