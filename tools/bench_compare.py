@@ -62,13 +62,21 @@ class Bench:
             bench_data.write_store(path, recording.head(transitions))
         return path
 
-    def long_store(self, transitions: int) -> Path:
-        """A store of HalfCheetah rows in episodes of 500."""
-        path = self.scratch / f"cheetah-{transitions}.replay"
+    def long_store(self, transitions: int, *, small: bool = False) -> Path:
+        """A store of HalfCheetah rows, or of rows of CartPole's shapes, in episodes of 500."""
+        path = self.scratch / f"{'cartpole' if small else 'cheetah'}-{transitions}.replay"
         if not path.exists():
-            say(f"writing {transitions:,} low-dimensional transitions")
-            bench_data.write_long_store(path, bench_data.load(self.recording("cheetah")), transitions)
+            say(f"writing {transitions:,} transitions: {path.stem}")
+            recording = bench_data.load(self.recording("cheetah"))
+            if small:
+                recording = bench_data.like_cartpole(recording)
+            bench_data.write_long_store(path, recording, transitions)
         return path
+
+    def forget_stores(self) -> None:
+        """Remove the stores made so far: those to come need the memory and the disk."""
+        for path in self.scratch.glob("*.replay"):
+            shutil.rmtree(path)
 
     def copied_store(self, name: str, copies: int) -> Path:
         """A store of many copies of a game's stream."""

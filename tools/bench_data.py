@@ -176,6 +176,12 @@ def write_long_store(path: Path, recording: Recording, transitions: int) -> None
             )
 
 
+def like_cartpole(recording: Recording) -> Recording:
+    """A recording of vectors in CartPole's shapes: four of the numbers, a number for an action."""
+    observation = np.asarray(recording.observation[:, :4], np.float32)
+    return recording._replace(observation=observation, action=np.zeros(len(observation), np.int64))
+
+
 def multiply_store(source: Path, path: Path, copies: int) -> None:
     """A store of as many copies of one stream: merging stores is moving their streams."""
     shutil.rmtree(path, ignore_errors=True)
