@@ -19,6 +19,17 @@ typedef struct {
     int bits;
 } Index;
 
+typedef struct {
+    const char *first;
+    Py_ssize_t step; /* bytes from one to the next */
+    Py_ssize_t length;
+} Numbers;
+
+static int64_t number_at(const Numbers *numbers, Py_ssize_t i)
+{
+    return *(const int64_t *)(numbers->first + i * numbers->step);
+}
+
 /* An episode at or before that of an item. */
 static int64_t begin_at(const Index *index, int64_t number)
 {
@@ -46,19 +57,19 @@ static int64_t find(const Index *index, int64_t number, int64_t low)
     return low;
 }
 
-static void locate_each(const Index *index, const char *numbers, Py_ssize_t step, Py_ssize_t length, int64_t stride,
-                        int64_t *out)
+static void locate_each(const Index *index, const Numbers *numbers, int64_t stride, int64_t *out)
 {
+    const Py_ssize_t length = numbers->length;
     int64_t low[AT_ONCE];
     for (Py_ssize_t start = 0; start < length; start += AT_ONCE) {
         const Py_ssize_t count = length - start < AT_ONCE ? length - start : AT_ONCE;
         for (Py_ssize_t i = 0; i < count; i++) {
-            low[i] = begin_at(index, *(const int64_t *)(numbers + (start + i) * step));
+            low[i] = begin_at(index, number_at(numbers, start + i));
             __builtin_prefetch(index->ends + low[i]);
             __builtin_prefetch(index->rows + low[i] * COLUMNS);
         }
         for (Py_ssize_t i = 0; i < count; i++) {
-            const int64_t number = *(const int64_t *)(numbers + (start + i) * step);
+            const int64_t number = number_at(numbers, start + i);
             const int64_t *row = index->rows + find(index, number, low[i]) * COLUMNS;
             for (int column = 0; column < COLUMNS; column++)
                 out[column * length + start + i] = row[column];
@@ -83,7 +94,8 @@ PyDoc_STRVAR(locate_doc,
 "Copy the rows, int64 (episodes, 8), of the episodes that items belong to: out[column, i] is of numbers[i],\n"
 "plus numbers[i] * stride in column 6.\n\n"
 "`numbers` is int64 (items,) and `out` int64 (8, items). `ends`, int64 (episodes,), counts items up to and with\n"
-"each of `count` episodes; more are not looked at. `buckets`, int64, has an episode at or before that of every 2^bits-th item; it may be empty.\n"
+"each of `count` episodes; more are not looked at. `buckets`, int64, has an episode at or before that of every\n"
+"2^bits-th item; it may be empty.\n"
 "Raises IndexError for a number without an episode, ValueError if sizes do not match.");
 
 static PyObject *locate(PyObject *module, PyObject *arguments)
@@ -103,24 +115,22 @@ static PyObject *locate(PyObject *module, PyObject *arguments)
     while (got < BUFFERS && get_int64s(objects[got], &views[got], flags[got], dimensions[got]) == 0)
         got++;
     if (got == BUFFERS) {
-        const Py_buffer *numbers = &views[NUMBERS];
+        const Numbers numbers = {views[NUMBERS].buf, views[NUMBERS].strides[0], views[NUMBERS].shape[0]};
         const Index index = {views[ENDS].buf, views[ROWS].buf, count,
                              views[BUCKETS].buf, views[BUCKETS].shape[0], bits};
         const int fits = count >= 0 && count <= views[ENDS].shape[0] && count <= views[ROWS].shape[0]
                          && views[ROWS].shape[1] == COLUMNS && views[OUT].shape[0] == COLUMNS
-                         && views[OUT].shape[1] == numbers->shape[0] && bits >= 0 && bits < 63;
+                         && views[OUT].shape[1] == numbers.length && bits >= 0 && bits < 63;
         const int64_t items = fits && count ? index.ends[count - 1] : 0;
         int inside = 1;
-        for (Py_ssize_t i = 0; i < numbers->shape[0]; i++) {
-            const int64_t number = *(const int64_t *)((const char *)numbers->buf + i * numbers->strides[0]);
-            inside &= number >= 0 && number < items;
-        }
+        for (Py_ssize_t i = 0; i < numbers.length; i++)
+            inside &= number_at(&numbers, i) >= 0 && number_at(&numbers, i) < items;
         if (!fits)
             PyErr_SetString(PyExc_ValueError, "locate: expected arrays of matching sizes");
         else if (!inside)
             PyErr_SetString(PyExc_IndexError, "locate: expected numbers of items that there are");
         else
-            locate_each(&index, numbers->buf, numbers->strides[0], numbers->shape[0], stride, views[OUT].buf);
+            locate_each(&index, &numbers, stride, views[OUT].buf);
     }
     while (got--)
         PyBuffer_Release(&views[got]);

@@ -59,14 +59,13 @@ class Run(NamedTuple):
     @property
     def times(self) -> np.ndarray:
         """Each of them, (batch, length)."""
-        times: np.ndarray = (
-            np.arange(self.length)[:, None] + self.first
-        ).T  # numpy adds along the longer side
-        return times
+        # numpy adds along the longer side
+        turned: np.ndarray = np.arange(self.length)[:, None] + self.first
+        return turned.T
 
 
 Wanted: TypeAlias = Sequence[tuple[np.ndarray | Run, Sequence[str]]]
-"""What to read at places: times, (batch, …) int64, and the names of the fields to read there."""
+"""What to read at places: times, (batch, …) int64 or runs of them, and the names of the fields to read there."""
 
 
 class Spacing(NamedTuple):
@@ -391,7 +390,7 @@ class EpisodeIndex:
         episode[late] = ends.searchsorted(numbers[late], side="right")
         return episode
 
-    def _filled_buckets(self) -> "_Buckets":
+    def _filled_buckets(self) -> _Buckets:
         """The buckets, filled anew once an eighth more items are there."""
         known = self._buckets
         if known.closed == self._closed:

@@ -95,7 +95,7 @@ class Loadable(Dataset[Tensors], Numbered, abc.ABC):
         return Items(arrays, parcel.filled(arrays))
 
     def _read_at_once(self, sampler: Sampler, num_workers: int) -> int:
-        """How many items of small batches are read at once: a pool and some, or what a worker sends."""
+        """How many items of small batches are read at once: a pool and some, what a worker sends, or small ones."""
         if self.together == 1 or not len(self):
             return 1
         nbytes = self.item_nbytes

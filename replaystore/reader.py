@@ -133,8 +133,8 @@ class Reader:
                     arrays[name] = rows.time == _widened(end, rows.time)
                     continue
                 column = self._flat.get(name)
-                if rows.length > 1 and column is not None:
-                    arrays[name] = column.take_runs(rows.number, rows.length)
+                if rows.length > 1:
+                    arrays[name] = self._flat[name].take_runs(rows.number, rows.length)
                     continue
                 if column is not None and 0 < size <= column.few:
                     arrays[name] = column.rows.take(rows.number, 0, None, "clip")
@@ -239,12 +239,16 @@ class Reader:
 
     def _needed_rows(self, head: Head) -> int:
         """Row numbers that a head's files take, in whole flat files."""
-        time_chunk = self._schema.time_chunk(head.num_envs)
-        return -(-int(head.rows.max()) // time_chunk) * time_chunk * head.num_envs
+        files = -(-int(head.rows.max()) // self._schema.time_chunk(head.num_envs))
+        return files * self._file_rows(head)
+
+    def _file_rows(self, head: Head) -> int:
+        """Row numbers that one flat file takes."""
+        return self._schema.time_chunk(head.num_envs) * head.num_envs
 
     def _flat_nbytes(self, head: Head) -> int:
         """Bytes of a head's flat files."""
-        rows = self._schema.time_chunk(head.num_envs) * head.num_envs
+        rows = self._file_rows(head)
         return sum(len(head.files[field.name]) * rows * field.row_nbytes for field in self._flat_fields)
 
     def _reserved(self, stream: int) -> int:
@@ -254,7 +258,7 @@ class Reader:
         """Give every stream a place with room to grow, and map all files anew."""
         base, spaces = 0, {}
         for stream, head in sorted(heads.items()):
-            rows = 2 * max(self._needed_rows(head), self._schema.time_chunk(head.num_envs) * head.num_envs)
+            rows = 2 * max(self._needed_rows(head), self._file_rows(head))
             spaces[stream] = StreamSpace(head, base, rows)
             base += rows
         self._patience = Patience(sum(self._flat_nbytes(head) for head in heads.values()))
@@ -276,7 +280,7 @@ class Reader:
     def _map_flat(
         self, columns: Mapping[str, FlatColumn], stream: int, space: StreamSpace, already: Head | None
     ) -> None:
-        rows = self._schema.time_chunk(space.head.num_envs) * space.head.num_envs
+        rows = self._file_rows(space.head)
         for name, column in columns.items():
             mapped = already.files[name] if already else {}
             array = stream_path(self._root, stream) / name

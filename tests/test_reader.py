@@ -162,8 +162,8 @@ def test_pages_of_a_store_on_disk_may_be_asked_for(num_envs, tmp_path, monkeypat
         assert sorted(batch.action.tolist()) == sorted(list(range(20)) * num_envs)
 
 
-def flat_schema(dtype="float32", shape=(3,)):
-    fields = [("observation/x", shape, dtype), ("observation/n", (), "int16"), ("action", (), "int64")]
+def flat_schema(shape=(3,)):
+    fields = [("observation/x", shape, "float32"), ("observation/n", (), "int16"), ("action", (), "int64")]
     fields += [("reward", (), "float64"), ("terminated", (), "bool"), ("truncated", (), "bool")]
     return Schema([Field(*field) for field in fields])
 

@@ -196,16 +196,6 @@ def disk_bytes(path: Path) -> int:
     return sum(file.lstat().st_blocks * 512 for file in found)
 
 
-def drop_from_cache(path: Path) -> None:
-    """Write a folder's files out, and ask the kernel to forget their pages."""
-    os.sync()
-    for folder, _, names in os.walk(path):
-        for name in names:
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-
-
 # ---- memory limits
 
 

@@ -14,6 +14,7 @@ from bench_report import say
 from bench_worker import ADDERS, Worker, WorkerError
 
 from replaystore import ReplayStore
+from replaystore.files import drop_from_cache
 
 GAMES = {"Breakout": "Breakout", "MsPacman": "Ms. Pac-Man"}
 ATARI_BATCHES, VECTOR_BATCHES = (32, 256), (32, 256, 4096)
@@ -233,7 +234,7 @@ def limited(bench: Bench) -> None:
     for game, title in reversed(GAMES.items()):
         one = bench_data.disk_bytes(bench.store(game))
         path = bench.copied_store(game, -(-5 * bench.sizes.limit // one))
-        bench_data.drop_from_cache(path)
+        drop_from_cache(path)
         result = _under_limit(bench, root, bench.sizes.limit, lambda w, p=path: w.do(
             "open_store", path=str(p), frame_stack=4, warm=False))  # fmt: skip
         rates[title] = result["rates"]
