@@ -8,11 +8,10 @@
 #include <Python.h>
 #include <stdint.h>
 
-enum { COLUMNS = 8, SHIFT = 6, AT_ONCE = 32, STEPS = 4 };
+enum { COLUMNS = 8, COPIED = 7, SHIFT = 6, END = 7, AT_ONCE = 32, STEPS = 4 };
 
 typedef struct {
-    const int64_t *ends; /* items up to and with each episode */
-    const int64_t *rows; /* of each episode, COLUMNS of them */
+    const int64_t *rows; /* COLUMNS of each episode; at END, the items up to and with it */
     int64_t count;
     const int64_t *buckets; /* an episode at or before that of every 2^bits-th item */
     int64_t buckets_count;
@@ -30,6 +29,11 @@ static int64_t number_at(const Numbers *numbers, Py_ssize_t i)
     return *(const int64_t *)(numbers->first + i * numbers->step);
 }
 
+static const int64_t *row_of(const Index *index, int64_t episode)
+{
+    return index->rows + episode * COLUMNS;
+}
+
 /* An episode at or before that of an item. */
 static int64_t begin_at(const Index *index, int64_t number)
 {
@@ -40,21 +44,21 @@ static int64_t begin_at(const Index *index, int64_t number)
     return episode >= 0 && episode < index->count ? episode : 0;
 }
 
-/* The episode of an item, which is `low` or a later one. */
-static int64_t find(const Index *index, int64_t number, int64_t low)
+/* The row of an item's episode, which is `low` or a later one. */
+static const int64_t *find(const Index *index, int64_t number, int64_t low)
 {
     int64_t high = index->count;
     for (int step = 0; step < STEPS; step++, low++)
-        if (index->ends[low] > number)
-            return low;
+        if (row_of(index, low)[END] > number)
+            return row_of(index, low);
     while (low < high) {
         int64_t middle = low + (high - low) / 2;
-        if (index->ends[middle] > number)
+        if (row_of(index, middle)[END] > number)
             high = middle;
         else
             low = middle + 1;
     }
-    return low;
+    return row_of(index, low);
 }
 
 static void locate_each(const Index *index, const Numbers *numbers, int64_t stride, int64_t *out)
@@ -65,13 +69,12 @@ static void locate_each(const Index *index, const Numbers *numbers, int64_t stri
         const Py_ssize_t count = length - start < AT_ONCE ? length - start : AT_ONCE;
         for (Py_ssize_t i = 0; i < count; i++) {
             low[i] = begin_at(index, number_at(numbers, start + i));
-            __builtin_prefetch(index->ends + low[i]);
-            __builtin_prefetch(index->rows + low[i] * COLUMNS);
+            __builtin_prefetch(row_of(index, low[i]));
         }
         for (Py_ssize_t i = 0; i < count; i++) {
             const int64_t number = number_at(numbers, start + i);
-            const int64_t *row = index->rows + find(index, number, low[i]) * COLUMNS;
-            for (int column = 0; column < COLUMNS; column++)
+            const int64_t *row = find(index, number, low[i]);
+            for (int column = 0; column < COPIED; column++)
                 out[column * length + start + i] = row[column];
             out[SHIFT * length + start + i] = (int64_t)((uint64_t)row[SHIFT] + (uint64_t)number * (uint64_t)stride);
         }
@@ -90,38 +93,36 @@ static int get_int64s(PyObject *object, Py_buffer *view, int flags, int dimensio
 }
 
 PyDoc_STRVAR(locate_doc,
-"locate(numbers, ends, rows, count, buckets, bits, stride, out)\n--\n\n"
+"locate(numbers, rows, count, buckets, bits, stride, out)\n--\n\n"
 "Copy the rows, int64 (episodes, 8), of the episodes that items belong to: out[column, i] is of numbers[i],\n"
-"plus numbers[i] * stride in column 6.\n\n"
-"`numbers` is int64 (items,) and `out` int64 (8, items). `ends`, int64 (episodes,), counts items up to and with\n"
-"each of `count` episodes; more are not looked at. `buckets`, int64, has an episode at or before that of every\n"
-"2^bits-th item; it may be empty.\n"
+"plus numbers[i] * stride in column 6. Column 7, which is not copied, counts the items up to and with each.\n\n"
+"`numbers` is int64 (items,) and `out` int64 (7, items). Rows after the first `count` are not looked at.\n"
+"`buckets`, int64, has an episode at or before that of every 2^bits-th item; it may be empty.\n"
 "Raises IndexError for a number without an episode, ValueError if sizes do not match.");
 
 static PyObject *locate(PyObject *module, PyObject *arguments)
 {
-    enum { NUMBERS, ENDS, ROWS, BUCKETS, OUT, BUFFERS };
-    static const int flags[] = {PyBUF_STRIDES, PyBUF_ND, PyBUF_ND, PyBUF_ND, PyBUF_ND | PyBUF_WRITABLE};
-    static const int dimensions[] = {1, 1, 2, 1, 2};
+    enum { NUMBERS, ROWS, BUCKETS, OUT, BUFFERS };
+    static const int flags[] = {PyBUF_STRIDES, PyBUF_ND, PyBUF_ND, PyBUF_ND | PyBUF_WRITABLE};
+    static const int dimensions[] = {1, 2, 1, 2};
     PyObject *objects[BUFFERS];
     Py_buffer views[BUFFERS];
     int bits, got = 0;
     Py_ssize_t count;
     long long stride;
 
-    if (!PyArg_ParseTuple(arguments, "OOOnOiLO", &objects[NUMBERS], &objects[ENDS], &objects[ROWS], &count,
+    if (!PyArg_ParseTuple(arguments, "OOnOiLO", &objects[NUMBERS], &objects[ROWS], &count,
                           &objects[BUCKETS], &bits, &stride, &objects[OUT]))
         return NULL;
     while (got < BUFFERS && get_int64s(objects[got], &views[got], flags[got], dimensions[got]) == 0)
         got++;
     if (got == BUFFERS) {
         const Numbers numbers = {views[NUMBERS].buf, views[NUMBERS].strides[0], views[NUMBERS].shape[0]};
-        const Index index = {views[ENDS].buf, views[ROWS].buf, count,
-                             views[BUCKETS].buf, views[BUCKETS].shape[0], bits};
-        const int fits = count >= 0 && count <= views[ENDS].shape[0] && count <= views[ROWS].shape[0]
-                         && views[ROWS].shape[1] == COLUMNS && views[OUT].shape[0] == COLUMNS
+        const Index index = {views[ROWS].buf, count, views[BUCKETS].buf, views[BUCKETS].shape[0], bits};
+        const int fits = count >= 0 && count <= views[ROWS].shape[0]
+                         && views[ROWS].shape[1] == COLUMNS && views[OUT].shape[0] == COPIED
                          && views[OUT].shape[1] == numbers.length && bits >= 0 && bits < 63;
-        const int64_t items = fits && count ? index.ends[count - 1] : 0;
+        const int64_t items = fits && count ? row_of(&index, count - 1)[END] : 0;
         int inside = 1;
         for (Py_ssize_t i = 0; i < numbers.length; i++)
             inside &= number_at(&numbers, i) >= 0 && number_at(&numbers, i) < items;

@@ -4,7 +4,6 @@ import numpy as np
 
 def locate(
     numbers: np.ndarray,
-    ends: np.ndarray,
     rows: np.ndarray,
     count: int,
     buckets: np.ndarray,

@@ -120,10 +120,11 @@ class EpisodeIndex:
         self.floors = np.zeros(0, np.int64)  # by stream: the row below which all was evicted
         self.evictions = 0  # how often rows were evicted: what is known of closed episodes is void then
         self._totals: dict[int, int] = {}  # by stream: episodes closed so far, evicted ones included
-        # stream, env, first, last, rows that terminated and truncated it, shift, number in the stream:
-        # the columns of an episode lie side by side, for few lines of the processor's caches
-        self._table = np.empty((64, 8), np.int64).T
-        self._ends = np.empty(64, np.int64)  # items up to and with each episode
+        # stream, env, first, last, rows that terminated and truncated it, shift, items up to and with it:
+        # an episode's columns lie side by side, in one line of the processor's caches
+        self._table = _empty_table(64)
+        self._ends = np.empty(64, np.int64)  # the last column once more, for numpy's search
+        self._numbers = np.empty(64, np.int64)  # of closed episodes in their streams
         self.version = 0  # grows with every change; no other index that is not empty has the same
         self._closed = 0
         self._count = 0
@@ -240,8 +241,7 @@ class EpisodeIndex:
         self.evictions = max(self.evictions, other.evictions)
         self._totals = other._totals
         self._count = self._closed
-        *columns, _, number = other._table[:, closed]
-        self._add(*columns, number=number)
+        self._add(*other._table[:6, closed], number=other._numbers[closed])
         self._closed = self._count
         self._add(*other._table[:6, open])
 
@@ -258,21 +258,28 @@ class EpisodeIndex:
     ) -> None:
         """Add episodes, but for those that were evicted; `number` is that of a closed one in its stream."""
         self.version = next(_versions)
-        columns = (stream, env, first, last, terminated, truncated, 0, number)
+        columns = (stream, env, first, last, terminated, truncated, number)
         values = np.array(np.broadcast_arrays(*columns), np.int64)
         if self._is_cut:
             values = values[:, values[3] > self.floors[values[0]]]
         start, stop = self._count, self._count + values.shape[1]
         if stop > len(self._ends):
-            grow = max(stop, 2 * len(self._ends)) - len(self._ends)
-            self._table = np.pad(self._table, ((0, 0), (0, grow)))
-            self._ends = np.pad(self._ends, (0, grow))
+            self._grow(max(stop, 2 * len(self._ends)))
         begin, counts = self._items(values)
         ends = len(self) + np.cumsum(counts)
-        values[6] = begin - (ends - counts) * self.spacing.stride
-        self._table[:, start:stop] = values
-        self._ends[start:stop] = ends
+        self._table[:6, start:stop] = values[:6]
+        self._table[6, start:stop] = begin - (ends - counts) * self.spacing.stride
+        self._table[7, start:stop] = self._ends[start:stop] = ends
+        self._numbers[start:stop] = values[6]
         self._count = stop
+
+    def _grow(self, size: int) -> None:
+        """Make room for so many episodes."""
+        table = _empty_table(size)
+        table[:, : self._count] = self._table[:, : self._count]
+        more = size - len(self._ends)
+        self._table, self._numbers = table, np.pad(self._numbers, (0, more))
+        self._ends = np.pad(self._ends, (0, more))  # the last, as it tells how much room there is
 
     @property
     def _is_cut(self) -> bool:
@@ -295,23 +302,23 @@ class EpisodeIndex:
 
     def locate(self, numbers: np.ndarray) -> Places:
         """Find items by number; all must be from 0 to `len(self) - 1`."""
-        stream, env, first, last, terminated, truncated, time, _ = self._described(numbers)
+        stream, env, first, last, terminated, truncated, time = self._described(numbers)
         if self._is_cut:
             first = np.maximum(first, self.floors[stream] - CONTEXT)
         return Places(stream, env, time, first, last, terminated, truncated)
 
     def _described(self, numbers: np.ndarray) -> np.ndarray:
-        """The table's columns of the episodes that items belong to, (8, items), with times for shifts."""
+        """The table's first columns of the episodes that items belong to, (7, items), with times for shifts."""
         if numbers.dtype != np.int64:
             numbers = numbers.astype(np.int64, casting="safe")
         stride = self.spacing.stride
         if finding is None:
-            columns = self._of(self._find(numbers))
+            columns = self._of(self._find(numbers))[:7]
             columns[6] += numbers if stride == 1 else numbers * stride
             return columns
         episodes, bits, _, _ = self._filled_buckets()
-        columns = np.empty((len(self._table), len(numbers)), np.int64)
-        finding.locate(numbers, self._ends, self._table.T, self._count, episodes, bits, stride, columns)
+        columns = np.empty((7, len(numbers)), np.int64)
+        finding.locate(numbers, self._table.T, self._count, episodes, bits, stride, columns)
         return columns
 
     def _of(self, episodes: np.ndarray) -> np.ndarray:
@@ -437,9 +444,9 @@ class EpisodeIndex:
             if self._totals.get(stream, 0) < count:
                 found = self._totals.get(stream, 0)
                 raise UsageError(f"expected {count} closed episodes in stream {stream}, found {found}")
-            closed = self._table[:, : self._closed]
-            chosen = closed[:, (closed[0] == stream) & (closed[7] < count)]
-            index._add(*chosen[:6], number=chosen[7])
+            numbers = self._numbers[: self._closed]
+            chosen = np.flatnonzero((self._table[0, : self._closed] == stream) & (numbers < count))
+            index._add(*self._table[:6, chosen], number=numbers[chosen])
         index._closed = index._count
         index._add(*np.array(extent.open, np.int64).reshape(-1, 4).T)
         return index
@@ -451,13 +458,13 @@ class EpisodeIndex:
 
     def check(self) -> None:
         """Raise at the first broken invariant; `CorruptionError` if episodes of a column overlap."""
-        stream, env, first, last, terminated, truncated, shift, _ = self._table[:, : self._count]
-        ends = self._ends[: self._count]
+        stream, env, first, last, terminated, truncated, shift, ends = self._table[:, : self._count]
         begin, counts = self._items(self._table[:, : self._count])
         assert (last > first).all(), "an episode without transitions"
         for end in (terminated, truncated):
             assert ((end == -1) | (end == last - 1)).all(), "an episode that ends before its last transition"
         assert (np.diff(ends, prepend=0) == counts).all(), "lengths and their sums differ"
+        assert np.array_equal(ends, self._ends[: self._count]), "two columns of sums differ"
         assert (begin - (ends - counts) * self.spacing.stride == shift).all(), "shifts"
         assert not self._is_cut or (last > self.floors[stream]).all(), "an episode that was evicted"
         order = np.lexsort((first, env, stream))
@@ -467,6 +474,13 @@ class EpisodeIndex:
             at = order[1:][overlap][0]
             where = f"row {first[at]} of environment {env[at]}, stream {stream[at]}"
             raise CorruptionError(f"the index: expected episodes apart, found two with {where}")
+
+
+def _empty_table(size: int) -> np.ndarray:
+    """Room for the 8 columns of so many episodes, each episode in one line of the processor's caches."""
+    room = np.empty(8 * size + 7, np.int64)
+    start = -(room.ctypes.data // 8) % 8
+    return room[start : start + 8 * size].reshape(size, 8).T
 
 
 def _count_on(totals: dict[int, int], stream: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:

@@ -175,6 +175,15 @@ def test_many_numbers_lead_where_few_do_while_the_index_grows(longest):
             assert np.array_equal(together, np.concatenate(alone))
 
 
+def test_an_episode_lies_in_one_line_of_the_caches():
+    index = EpisodeIndex()
+    for count in (1, 64, 1000):
+        assert index._table.T.ctypes.data % 64 == 0
+        assert index._table.T.strides == (64, 8)
+        index.append(0, *arrays([(0, 10 * (index.num_episodes + i), 9) for i in range(count)]))
+    index.check()
+
+
 def test_an_interrupt_while_buckets_are_filled_leaves_those_there_were(monkeypatch):
     index, model = EpisodeIndex(), Model()
     index.set_width(0, 1)
