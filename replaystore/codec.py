@@ -18,14 +18,10 @@ import google_crc32c
 import numcodecs.blosc
 import numpy as np
 
+from replaystore.compiled import decoding
 from replaystore.errors import CorruptionError
 from replaystore.field import Field
 from replaystore.files import MEMORY_START, memory
-
-try:
-    from replaystore import decoding
-except ImportError:  # it was installed without a compiler
-    decoding = None  # type: ignore[assignment]
 
 # Only contextual calls are safe beside a forked worker or another thread; zarr sets it as well.
 numcodecs.blosc.use_threads = False

@@ -1,14 +1,16 @@
-/* Finds the episodes of many items in one call, and copies what the index has of them.
+/* Finds the episodes of many items in one call, and copies what the index has of them; gathers their rows.
  *
- * The index is larger than the processor's caches where a store is large: what one item needs of it is
- * asked for while others are looked at. `index.py` does the same with numpy where there is no compiler.
+ * Both are larger than the processor's caches where a store is large: what one item needs of them is asked
+ * for while others are looked at. `index.py` and `flat.py` do the same with numpy where there is no compiler.
  */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
+#include <string.h>
 
-enum { COLUMNS = 8, COPIED = 7, SHIFT = 6, END = 7, AT_ONCE = 32, STEPS = 4 };
+enum { COLUMNS = 8, COPIED = 7, SHIFT = 6, END = 7, AT_ONCE = 128, STEPS = 4 };
+enum { AHEAD = 32, LINE = 64 }; /* runs, bytes */
 
 typedef struct {
     const int64_t *rows; /* COLUMNS of each episode; at END, the items up to and with it */
@@ -42,6 +44,14 @@ static int64_t begin_at(const Index *index, int64_t number)
         return 0;
     const int64_t episode = index->buckets[bucket < index->buckets_count ? bucket : index->buckets_count - 1];
     return episode >= 0 && episode < index->count ? episode : 0;
+}
+
+static int are_below(const Numbers *numbers, int64_t end)
+{
+    int inside = 1;
+    for (Py_ssize_t i = 0; i < numbers->length; i++)
+        inside &= number_at(numbers, i) >= 0 && number_at(numbers, i) < end;
+    return inside;
 }
 
 /* The row of an item's episode, which is `low` or a later one. */
@@ -88,7 +98,7 @@ static int get_int64s(PyObject *object, Py_buffer *view, int flags, int dimensio
     if (view->ndim == dimensions && view->itemsize == sizeof(int64_t))
         return 0;
     PyBuffer_Release(view);
-    PyErr_SetString(PyExc_ValueError, "locate: expected int64 arrays of their dimensions");
+    PyErr_SetString(PyExc_ValueError, "expected int64 arrays of their dimensions");
     return -1;
 }
 
@@ -123,12 +133,9 @@ static PyObject *locate(PyObject *module, PyObject *arguments)
                          && views[ROWS].shape[1] == COLUMNS && views[OUT].shape[0] == COPIED
                          && views[OUT].shape[1] == numbers.length && bits >= 0 && bits < 63;
         const int64_t items = fits && count ? row_of(&index, count - 1)[END] : 0;
-        int inside = 1;
-        for (Py_ssize_t i = 0; i < numbers.length; i++)
-            inside &= number_at(&numbers, i) >= 0 && number_at(&numbers, i) < items;
         if (!fits)
             PyErr_SetString(PyExc_ValueError, "locate: expected arrays of matching sizes");
-        else if (!inside)
+        else if (!are_below(&numbers, items))
             PyErr_SetString(PyExc_IndexError, "locate: expected numbers of items that there are");
         else
             locate_each(&index, &numbers, stride, views[OUT].buf);
@@ -140,8 +147,66 @@ static PyObject *locate(PyObject *module, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+static void ask_for(const char *run, Py_ssize_t nbytes)
+{
+    for (Py_ssize_t at = 0; at < nbytes; at += LINE)
+        __builtin_prefetch(run + at);
+    __builtin_prefetch(run + nbytes - 1);
+}
+
+static void copy_each(const char *first, Py_ssize_t step, Py_ssize_t nbytes, const Numbers *numbers, char *out)
+{
+    const Py_ssize_t length = numbers->length;
+    for (Py_ssize_t i = 0; i < AHEAD && i < length; i++)
+        ask_for(first + number_at(numbers, i) * step, nbytes);
+    for (Py_ssize_t i = 0; i < length; i++) {
+        if (i + AHEAD < length)
+            ask_for(first + number_at(numbers, i + AHEAD) * step, nbytes);
+        memcpy(out + i * nbytes, first + number_at(numbers, i) * step, nbytes);
+    }
+}
+
+PyDoc_STRVAR(copy_runs_doc,
+"copy_runs(source, step, nbytes, numbers, out)\n--\n\n"
+"Copy `nbytes` bytes of `source` from byte numbers[i] * step on for each i, one behind the other.\n\n"
+"`source` and `out` are contiguous, `out` of nbytes * items bytes, and `numbers` is int64 (items,).\n"
+"Raises IndexError for a run that is not inside `source`, ValueError if sizes do not match.");
+
+static PyObject *copy_runs(PyObject *module, PyObject *arguments)
+{
+    enum { SOURCE, NUMBERS, OUT, BUFFERS };
+    PyObject *objects[BUFFERS];
+    Py_buffer views[BUFFERS];
+    Py_ssize_t step, nbytes;
+    int got = 0;
+
+    if (!PyArg_ParseTuple(arguments, "OnnOO", &objects[SOURCE], &step, &nbytes, &objects[NUMBERS], &objects[OUT]))
+        return NULL;
+    got += PyObject_GetBuffer(objects[SOURCE], &views[SOURCE], PyBUF_SIMPLE) == 0;
+    got += got == NUMBERS && get_int64s(objects[NUMBERS], &views[NUMBERS], PyBUF_STRIDES, 1) == 0;
+    got += got == OUT && PyObject_GetBuffer(objects[OUT], &views[OUT], PyBUF_WRITABLE) == 0;
+    if (got == BUFFERS) {
+        const Numbers numbers = {views[NUMBERS].buf, views[NUMBERS].strides[0], views[NUMBERS].shape[0]};
+        const int fits = step > 0 && nbytes > 0 && views[OUT].len / nbytes == numbers.length
+                         && views[OUT].len % nbytes == 0;
+        const int64_t runs = fits && views[SOURCE].len >= nbytes ? (views[SOURCE].len - nbytes) / step + 1 : 0;
+        if (!fits)
+            PyErr_SetString(PyExc_ValueError, "copy_runs: expected sizes that match");
+        else if (!are_below(&numbers, runs))
+            PyErr_SetString(PyExc_IndexError, "copy_runs: expected runs inside the source");
+        else
+            copy_each(views[SOURCE].buf, step, nbytes, &numbers, views[OUT].buf);
+    }
+    while (got--)
+        PyBuffer_Release(&views[got]);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"locate", locate, METH_VARARGS, locate_doc},
+    {"copy_runs", copy_runs, METH_VARARGS, copy_runs_doc},
     {NULL, NULL, 0, NULL},
 };
 

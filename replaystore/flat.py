@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from replaystore.codec import crc32c
+from replaystore.compiled import finding
 from replaystore.field import Field
 from replaystore.files import (
     AddressRange,
@@ -146,10 +147,9 @@ class FlatColumn:
         self._range = AddressRange(rows * field.row_nbytes, huge=huge)
         self.read_by_page = self._range.read_by_page
         self._bytes = np.asarray(self._range)
-        data = self._bytes[: rows * field.row_nbytes]
-        self.rows = data.view(field.dtype).reshape(rows, *field.shape)
+        self._data = self._bytes[: rows * field.row_nbytes]
+        self.rows = self._data.view(field.dtype).reshape(rows, *field.shape)
         self.few = SMALLEST // field.row_nbytes  # rows that `take` allocates memory for well
-        self._runs: dict[int, np.ndarray] = {}  # by length: the bytes of so many rows, from each row on
 
     def place(self, array: Path, number: int, *, row: int, rows: int) -> None:
         """Map a file of `rows` rows so that its first is row `row` of the column."""
@@ -159,13 +159,14 @@ class FlatColumn:
 
     def take_runs(self, numbers: np.ndarray, length: int) -> np.ndarray:
         """The rows from each of these numbers on, `length` of them: (batch, length, *shape)."""
-        runs = self._runs.get(length)
-        if runs is None:
-            nbytes = self._field.row_nbytes
+        shape, nbytes = (len(numbers), length, *self._field.shape), self._field.row_nbytes
+        if finding is None:
             count, kind = len(self.rows) - length + 1, f"V{length * nbytes}"
-            runs = self._runs[length] = np.ndarray((count,), kind, self._bytes, strides=(nbytes,))
-        taken: np.ndarray = runs[numbers].view(self._field.dtype)
-        return taken.reshape(len(numbers), length, *self._field.shape)
+            runs = np.ndarray((count,), kind, self._bytes, strides=(nbytes,))
+            return runs[numbers].view(self._field.dtype).reshape(shape)
+        out = np.empty(shape, self._field.dtype)
+        finding.copy_runs(self._data, nbytes, length * nbytes, numbers, out)
+        return out
 
     def touch(self, numbers: np.ndarray) -> None:
         """Have the pages in which rows begin read from disk."""

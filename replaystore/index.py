@@ -18,12 +18,8 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from replaystore.compiled import finding
 from replaystore.errors import CorruptionError, UsageError
-
-try:
-    from replaystore import finding
-except ImportError:  # there was no C compiler
-    finding = None  # type: ignore[assignment]
 
 FEW = 100  # numbers that are found faster one by one
 STREAM_BIT = 40  # of an id

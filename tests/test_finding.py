@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from replaystore.index import finding
+from replaystore.compiled import finding
 
 pytestmark = pytest.mark.skipif(finding is None, reason="there was no C compiler")
 
@@ -66,10 +66,58 @@ def test_nothing_is_found_in_an_empty_index():
     ids=str,
 )
 def test_arrays_that_do_not_match_are_refused(wrong):
-    with pytest.raises((ValueError, IndexError), match="locate: expected"):
+    with pytest.raises((ValueError, IndexError), match="expected"):
         located(np.array([0, 1]), **wrong)
 
 
 def test_arrays_with_gaps_are_refused():
     with pytest.raises((ValueError, BufferError)):
         located(np.array([0, 1]), rows=ROWS[:, ::-1])
+
+
+def copied(numbers, step=3, nbytes=7, source=None, items=None):
+    source = np.arange(100, dtype=np.uint8) if source is None else source
+    out = np.full((len(numbers) if items is None else items, nbytes), 255, np.uint8)
+    finding.copy_runs(source, step, nbytes, numbers, out)
+    return out
+
+
+@pytest.mark.parametrize("step", [1, 3, 10, 70])
+@pytest.mark.parametrize("nbytes", [1, 8, 27, 64, 100])
+@pytest.mark.parametrize("stride", [1, -2])
+def test_runs_are_copied_from_wherever_they_begin(step, nbytes, stride):
+    source = np.random.default_rng(0).integers(256, size=300, dtype=np.uint8)
+    runs = (300 - nbytes) // step + 1
+    for count in (0, 1, 31, 32, 33, 500):
+        numbers = np.random.default_rng(count).integers(runs, size=2 * count)[::stride]
+        expected = source[numbers[:, None] * step + np.arange(nbytes)]
+        assert np.array_equal(copied(numbers, step, nbytes, source), expected)
+    assert (
+        copied(np.array([0, runs - 1]), step, nbytes, source)[1, -1] == source[(runs - 1) * step + nbytes - 1]
+    )
+
+
+@pytest.mark.parametrize("number", [-1, 32, 2**62, -(2**63)])
+def test_a_run_outside_the_source_is_refused(number):
+    with pytest.raises(IndexError, match="expected runs inside"):
+        copied(np.array([0, number, 31]))
+    with pytest.raises(IndexError, match="expected runs inside"):
+        copied(np.array([0]), nbytes=101)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"step": 0},
+        {"step": -3},
+        {"items": 1},
+        {"items": 3},
+        {"numbers": np.array([0, 1], np.int32)},
+        {"numbers": np.array([[0], [1]])},
+        {"source": np.arange(100, dtype=np.uint8)[::2]},
+    ],
+    ids=str,
+)
+def test_runs_that_do_not_match_are_refused(wrong):
+    with pytest.raises((ValueError, BufferError)):
+        copied(**{"numbers": np.array([0, 1])} | wrong)

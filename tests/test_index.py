@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
+from replaystore.compiled import finding
 from replaystore.errors import CorruptionError
-from replaystore.index import EpisodeIndex, Extent, Spacing, finding
+from replaystore.index import EpisodeIndex, Extent, Spacing
 
 
 @pytest.fixture(autouse=True, params=[finding, None], ids=["compiled", "numpy"])

@@ -11,8 +11,9 @@ PACKAGE = Path(replaystore.__file__).parent
 LAYER = {
     "errors": 0,
     "bounds": 1,
-    "decoding": 1,
-    "finding": 1,
+    "decoding": 0,
+    "finding": 0,
+    "compiled": 1,
     "states": 1,
     "field": 1,
     "files": 1,

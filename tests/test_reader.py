@@ -14,6 +14,7 @@ import replaystore.foresight
 import replaystore.reader
 from replaystore import Field, ReplayStore, Schema, Transition
 from replaystore.codec import ChunkCodec
+from replaystore.compiled import finding
 from replaystore.field import MAX_CHUNK_ROWS
 from replaystore.files import HAS_HUGE_PAGES, HUGE_PAGE, AddressRange
 from replaystore.flat import FlatColumn
@@ -183,7 +184,9 @@ def add_flat_episode(store, rng, length):
     "num_envs", [[1], [1, 1], [1, 2]], ids=["a stream", "two", "one of two environments"]
 )
 @pytest.mark.parametrize("most", [0, 50, 10**6], ids=["none", "of small batches", "of all"])
-def test_what_is_read_in_runs_is_what_is_read_row_by_row(num_envs, most, tmp_path, monkeypatch):
+@pytest.mark.parametrize("compiled", [finding, None], ids=["compiled", "numpy"])
+def test_what_is_read_in_runs_is_what_is_read_row_by_row(num_envs, most, compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr("replaystore.flat.finding", compiled)
     rng, path, taken = np.random.default_rng(0), tmp_path / "store", []
     take_runs = FlatColumn.take_runs
     monkeypatch.setattr(FlatColumn, "take_runs", lambda *what: taken.append(what[0]) or take_runs(*what))
