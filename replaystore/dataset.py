@@ -20,7 +20,7 @@ from replaystore.goals import Relabelled
 from replaystore.handover import leaves, map_leaves, memory_of
 from replaystore.index import EpisodeIndex
 from replaystore.loader import Loadable, Loader, Tensors
-from replaystore.reader import Allocate
+from replaystore.recycler import Allocate
 from replaystore.samplers import InOrder, Sampler, Uniform
 from replaystore.selection import Selection, check_sampler, check_window, item_of
 from replaystore.store import CACHE_BYTES, ReplayStore

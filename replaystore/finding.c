@@ -1,7 +1,8 @@
-/* Finds the episodes of many items in one call, and copies what the index has of them; gathers their rows.
+/* Which items come next, the episodes that they belong to, and their rows: of many items in one call each.
  *
- * Both are larger than the processor's caches where a store is large: what one item needs of them is asked
- * for while others are looked at. `index.py` and `flat.py` do the same with numpy where there is no compiler.
+ * The index and the rows are larger than the processor's caches where a store is large: what one item needs of
+ * them is asked for while others are looked at. `orders.py`, `index.py` and `flat.py` do the same with numpy
+ * where there is no compiler.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -204,9 +205,75 @@ static PyObject *copy_runs(PyObject *module, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+typedef struct {
+    const uint64_t *keys; /* two a round */
+    Py_ssize_t rounds;
+    int low_bits, high_bits;
+} Network;
+
+/* As `orders.mixed`. */
+static uint64_t mixed(uint64_t word)
+{
+    word += 0x9E3779B97F4A7C15;
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9;
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB;
+    return word ^ (word >> 31);
+}
+
+static uint64_t scrambled(const Network *network, uint64_t number)
+{
+    const uint64_t low_mask = (1ull << network->low_bits) - 1, high_mask = (1ull << network->high_bits) - 1;
+    uint64_t low = number & low_mask, high = number >> network->low_bits;
+    for (Py_ssize_t round = 0; round < network->rounds; round++) {
+        high ^= mixed(low ^ network->keys[2 * round]) & high_mask;
+        low ^= mixed(high ^ network->keys[2 * round + 1]) & low_mask;
+    }
+    return high << network->low_bits | low;
+}
+
+PyDoc_STRVAR(take_order_doc,
+"take_order(start, length, bits, keys, out)\n--\n\n"
+"The numbers, int64, from position `start` on of a Feistel network over `bits` bits, walked until below `length`.\n\n"
+"`keys`, uint64, has two of each round. Raises ValueError for positions from `length` on, or too few bits.");
+
+static PyObject *take_order(PyObject *module, PyObject *arguments)
+{
+    enum { KEYS, OUT, BUFFERS };
+    static const int flags[] = {PyBUF_ND, PyBUF_ND | PyBUF_WRITABLE};
+    PyObject *objects[BUFFERS];
+    Py_buffer views[BUFFERS];
+    long long start, length;
+    int bits, got = 0;
+
+    if (!PyArg_ParseTuple(arguments, "LLiOO", &start, &length, &bits, &objects[KEYS], &objects[OUT]))
+        return NULL;
+    while (got < BUFFERS && get_int64s(objects[got], &views[got], flags[got], 1) == 0)
+        got++;
+    if (got == BUFFERS) {
+        const Network network = {views[KEYS].buf, views[KEYS].shape[0] / 2, bits / 2, bits - bits / 2};
+        const Py_ssize_t count = views[OUT].shape[0];
+        int64_t *out = views[OUT].buf;
+        if (bits < 1 || bits > 62 || length > 1ll << bits || start < 0 || start > length - count)
+            PyErr_SetString(PyExc_ValueError, "take_order: expected positions below the length, and bits for it");
+        else
+            for (Py_ssize_t i = 0; i < count; i++) {
+                uint64_t number = scrambled(&network, start + i);
+                while (number >= (uint64_t)length)
+                    number = scrambled(&network, number);
+                out[i] = number;
+            }
+    }
+    while (got--)
+        PyBuffer_Release(&views[got]);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"locate", locate, METH_VARARGS, locate_doc},
     {"copy_runs", copy_runs, METH_VARARGS, copy_runs_doc},
+    {"take_order", take_order, METH_VARARGS, take_order_doc},
     {NULL, NULL, 0, NULL},
 };
 

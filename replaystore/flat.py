@@ -27,7 +27,7 @@ from replaystore.files import (
     read_pieces,
     read_range,
 )
-from replaystore.recycler import SMALLEST
+from replaystore.recycler import SMALLEST, Allocate
 
 
 class FlatState(NamedTuple):
@@ -157,15 +157,16 @@ class FlatColumn:
         path = chunk_path(array, number, 2 + len(self._field.shape))
         self._range.place(path, offset=row * nbytes, nbytes=rows * nbytes, exact=True)
 
-    def take_runs(self, numbers: np.ndarray, length: int) -> np.ndarray:
-        """The rows from each of these numbers on, `length` of them: (batch, length, *shape)."""
-        shape, nbytes = (len(numbers), length, *self._field.shape), self._field.row_nbytes
+    def take_runs(self, numbers: np.ndarray, length: int, allocate: Allocate) -> np.ndarray:
+        """The rows from each of these numbers on, `length` of them, in memory from `allocate`: (batch, length, *shape)."""
+        field, nbytes = self._field, self._field.row_nbytes
+        out = allocate((len(numbers), length, *field.shape), field.dtype)
         if finding is None:
-            count, kind = len(self.rows) - length + 1, f"V{length * nbytes}"
-            runs = np.ndarray((count,), kind, self._bytes, strides=(nbytes,))
-            return runs[numbers].view(self._field.dtype).reshape(shape)
-        out = np.empty(shape, self._field.dtype)
-        finding.copy_runs(self._data, nbytes, length * nbytes, numbers, out)
+            kind = f"V{length * nbytes}"
+            runs = np.ndarray((len(self.rows) - length + 1,), kind, self._data, strides=(nbytes,))
+            out.reshape(-1).view(kind)[:] = runs[numbers]
+        else:
+            finding.copy_runs(self._data, nbytes, length * nbytes, numbers, out)
         return out
 
     def touch(self, numbers: np.ndarray) -> None:

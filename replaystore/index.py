@@ -297,7 +297,7 @@ class EpisodeIndex:
         return stream, env, *self._items(self._table[:, start : self._count])
 
     def locate(self, numbers: np.ndarray) -> Places:
-        """Find items by number; all must be from 0 to `len(self) - 1`."""
+        """Find items by number, int64; raises `IndexError` unless all are from 0 to `len(self) - 1`."""
         stream, env, first, last, terminated, truncated, time = self._described(numbers)
         if self._is_cut:
             first = np.maximum(first, self.floors[stream] - CONTEXT)
@@ -309,6 +309,8 @@ class EpisodeIndex:
             numbers = numbers.astype(np.int64, casting="safe")
         stride = self.spacing.stride
         if finding is None:
+            if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+                raise IndexError(f"expected numbers below {len(self)}, got {numbers.min()} to {numbers.max()}")
             columns = self._of(self._find(numbers))[:7]
             columns[6] += numbers if stride == 1 else numbers * stride
             return columns

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from replaystore.batches import Batches, Drawn, Numbered
 from replaystore.errors import UsageError
 from replaystore.handover import Inbox, Outbox, Parcel, map_leaves
-from replaystore.reader import Allocate
+from replaystore.recycler import Allocate
 from replaystore.samplers import Sampler
 
 SENT_AT_ONCE = 1024  # items that a worker reads at once, as a message costs what 20 of them do

@@ -25,7 +25,7 @@ from replaystore.mixtures import (
     pairs,
     split,
 )
-from replaystore.reader import Allocate
+from replaystore.recycler import Allocate
 from replaystore.samplers import Draw, Sampler, Uniform
 from replaystore.selection import check_sampler
 

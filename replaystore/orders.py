@@ -4,6 +4,8 @@ from functools import cached_property
 
 import numpy as np
 
+from replaystore.compiled import finding
+
 SMALL = 1 << 16  # items of which a permutation is kept
 ROUNDS = 3  # of two steps each: four steps would do (Luby and Rackoff 1988)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -19,7 +21,7 @@ class Order:
     def __init__(self, length: int, seed: tuple[int, ...]) -> None:
         self.length = length
         self._seed = seed
-        bits = max(2, (length - 1).bit_length())
+        bits = self._bits = max(2, (length - 1).bit_length())
         self._low_bits = np.uint64(bits // 2)
         self._low_mask = np.uint64((1 << bits // 2) - 1)
         self._high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
@@ -36,6 +38,10 @@ class Order:
         """The numbers at positions `start` to `stop`, int64."""
         if self.length <= SMALL:
             return self._permutation[start:stop]
+        if finding is not None:
+            taken = np.empty(stop - start, np.int64)
+            finding.take_order(start, self.length, self._bits, self._keys, taken)
+            return taken
         numbers = self._scramble(np.arange(start, stop, dtype=np.uint64))
         while len(outside := np.flatnonzero(numbers >= self.length)):
             numbers[outside] = self._scramble(numbers[outside])

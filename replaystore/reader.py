@@ -6,9 +6,9 @@ many streams and files there are: stream s has the numbers from `base[s]`, and r
 a time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,12 +21,8 @@ from replaystore.foresight import Foresight, Patience
 from replaystore.head import Head
 from replaystore.index import CONTEXT, Places, Run, Wanted
 from replaystore.packed import open_shard
-from replaystore.recycler import Recycler
+from replaystore.recycler import Allocate, Recycler
 from replaystore.schema import Schema
-
-MOST_RUNS = 1 << 15  # read at once; more rows are better read into memory that is used again
-
-Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 
 
 class Tail(NamedTuple):
@@ -113,12 +109,7 @@ class Reader:
 
         `allocate(shape, dtype)` gives the arrays to read into.
         """
-        has_runs = (
-            self._has_runs
-            and allocate is None
-            and not self._foresight.is_on
-            and len(places.time) <= MOST_RUNS
-        )
+        has_runs = self._has_runs and not self._foresight.is_on
         located = [(self._locate(places, times, tails, has_runs), names) for times, names in wanted]
         ends = {"terminated": places.terminated, "truncated": places.truncated}
         if self._foresight.is_on:
@@ -134,7 +125,8 @@ class Reader:
                     continue
                 column = self._flat.get(name)
                 if rows.length > 1:
-                    arrays[name] = self._flat[name].take_runs(rows.number, rows.length)
+                    memory = allocate or self._recycler.allocate
+                    arrays[name] = self._flat[name].take_runs(rows.number, rows.length, memory)
                     continue
                 if column is not None and 0 < size <= column.few:
                     arrays[name] = column.rows.take(rows.number, 0, None, "clip")

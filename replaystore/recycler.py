@@ -7,11 +7,14 @@ takes longer than gathering them.
 import math
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-SMALLEST = 1 << 17  # bytes; below, the C library uses its memory again by itself
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
+
+SMALLEST = 1 << 22  # bytes; below, the C library uses again what left the caches last, be it of another user
 LARGEST = 1 << 27
 KEPT = 4  # pieces of memory without a user
 

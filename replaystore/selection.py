@@ -11,7 +11,7 @@ from pyarrow import acero
 from replaystore.episodes import integers
 from replaystore.errors import SnapshotExpired, UsageError
 from replaystore.index import EACH, EpisodeIndex, Places, Spacing
-from replaystore.reader import Allocate
+from replaystore.recycler import Allocate
 from replaystore.samplers import Sampler, Uniform
 from replaystore.schema import FLAGS
 from replaystore.stats import Stats, field_stats
@@ -138,10 +138,11 @@ class Selection:
             index = self._index(window.spacing)
             if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
                 raise UsageError(f"read: expected a list of integers, got {numbers.dtype} of {numbers.shape}")
-            if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(index):
+            try:
+                places = index.locate(numbers.astype(np.int64, copy=False))
+            except IndexError as error:
                 shown = f"{numbers.min()} to {numbers.max()}"
-                raise UsageError(f"read: expected numbers from 0 to {len(index) - 1}, got {shown}")
-            places = index.locate(numbers.astype(np.int64))
+                raise UsageError(f"read: expected numbers from 0 to {len(index) - 1}, got {shown}") from error
             return self._view.read(places, window, weights=weights, allocate=allocate)
 
     def where(self, condition: pc.Expression) -> "Selection":

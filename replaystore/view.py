@@ -13,7 +13,8 @@ from replaystore.catalog import Catalog
 from replaystore.errors import ClosedError, ReplayStoreError, SnapshotExpired
 from replaystore.head import Head, encode_head
 from replaystore.index import EACH, EpisodeIndex, Places, Spacing, Wanted
-from replaystore.reader import Allocate, Reader, Tail
+from replaystore.reader import Reader, Tail
+from replaystore.recycler import Allocate
 from replaystore.schema import Schema
 from replaystore.windows import Items, Window
 from replaystore.writer import StreamWriter

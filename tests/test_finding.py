@@ -121,3 +121,22 @@ def test_a_run_outside_the_source_is_refused(number):
 def test_runs_that_do_not_match_are_refused(wrong):
     with pytest.raises((ValueError, BufferError)):
         copied(**{"numbers": np.array([0, 1])} | wrong)
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "bits", "items"),
+    [
+        (-1, 10, 4, 1),
+        (0, 10, 4, 11),
+        (10, 10, 4, 1),
+        (0, 10, 3, 1),
+        (0, 10, 0, 1),
+        (0, 10, 63, 1),
+        (2**62, 10, 4, 1),
+    ],
+)
+def test_positions_that_an_order_has_not_are_refused(start, length, bits, items):
+    with pytest.raises(ValueError, match="expected positions below"):
+        finding.take_order(start, length, bits, np.zeros(6, np.uint64), np.empty(items, np.int64))
+    with pytest.raises((ValueError, BufferError)):
+        finding.take_order(0, 10, 4, np.zeros(6, np.uint32), np.empty(1, np.int64))

@@ -176,6 +176,15 @@ def test_many_numbers_lead_where_few_do_while_the_index_grows(longest):
             assert np.array_equal(together, np.concatenate(alone))
 
 
+@pytest.mark.parametrize("number", [-1, 10, 2**62, -(2**63)])
+@pytest.mark.parametrize("repeats", [1, 200])
+def test_a_number_that_no_item_has_is_refused(number, repeats):
+    index = EpisodeIndex()
+    index.append(0, *arrays([(0, 0, 7), (0, 8, 3)]))
+    with pytest.raises(IndexError, match="expected numbers"):
+        index.locate(np.array([0, number, 9]).repeat(repeats))
+
+
 def test_an_episode_lies_in_one_line_of_the_caches():
     index = EpisodeIndex()
     for count in (1, 64, 1000):

@@ -19,7 +19,7 @@ LAYER = {
     "files": 1,
     "handover": 1,
     "limiter": 1,
-    "orders": 1,
+    "orders": 2,
     "recycler": 1,
     "sum_tree": 1,
     "schema": 2,

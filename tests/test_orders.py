@@ -5,10 +5,27 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from replaystore.compiled import finding
 from replaystore.orders import SMALL, InTurn, Order, PooledOrder
 
 LENGTHS = [1, 2, 3, 5, 63, 64, 65, 1000, SMALL - 1, SMALL, SMALL + 1, 100_003, 1_000_000]
 RUN, POOL = 8, 32
+
+
+@pytest.fixture(autouse=True, params=[finding, None], ids=["compiled", "numpy"])
+def compiled(request, monkeypatch):
+    monkeypatch.setattr("replaystore.orders.finding", request.param)
+
+
+@pytest.mark.skipif(finding is None, reason="there was no C compiler")
+@pytest.mark.parametrize("length", [SMALL + 1, (1 << 17) - 1, 1 << 17, 1_000_003, 10**12, 1 << 61])
+def test_an_order_is_the_same_without_compiled_code(length, monkeypatch):
+    for start in (0, 5, length - 1000):
+        found = [Order(length, (seed, 1)).take(start, start + 1000) for seed in range(3)]
+        with monkeypatch.context() as patch:
+            patch.setattr("replaystore.orders.finding", None)
+            expected = [Order(length, (seed, 1)).take(start, start + 1000) for seed in range(3)]
+        assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -183,9 +183,9 @@ def add_flat_episode(store, rng, length):
 @pytest.mark.parametrize(
     "num_envs", [[1], [1, 1], [1, 2]], ids=["a stream", "two", "one of two environments"]
 )
-@pytest.mark.parametrize("most", [0, 50, 10**6], ids=["none", "of small batches", "of all"])
+@pytest.mark.parametrize("allocate", [None, np.empty], ids=["", "into memory that is given"])
 @pytest.mark.parametrize("compiled", [finding, None], ids=["compiled", "numpy"])
-def test_what_is_read_in_runs_is_what_is_read_row_by_row(num_envs, most, compiled, tmp_path, monkeypatch):
+def test_what_is_read_in_runs_is_what_is_read_row_by_row(num_envs, allocate, compiled, tmp_path, monkeypatch):
     monkeypatch.setattr("replaystore.flat.finding", compiled)
     rng, path, taken = np.random.default_rng(0), tmp_path / "store", []
     take_runs = FlatColumn.take_runs
@@ -201,12 +201,11 @@ def test_what_is_read_in_runs_is_what_is_read_row_by_row(num_envs, most, compile
                 add_flat_episode(store, rng, length)
     with ReplayStore.open(path) as store:
         numbers = rng.permutation(len(store))
-        monkeypatch.setattr(replaystore.reader, "MOST_RUNS", 0)
+        fast = [store.read(some, allocate=allocate) for some in (numbers, numbers[:50])]
+        assert len(taken) == (0 if 2 in num_envs else 4)
+        monkeypatch.setattr(store._view._reader, "_has_runs", False)
         slow = [store.read(some) for some in (numbers, numbers[:50])]
-        assert taken == []
-        monkeypatch.setattr(replaystore.reader, "MOST_RUNS", most)
-        fast = [store.read(some) for some in (numbers, numbers[:50])]
-        assert len(taken) == (0 if 2 in num_envs else 2 * (most >= 50) + 2 * (most > 50))
+        assert len(taken) == (0 if 2 in num_envs else 4)
     for one, other in zip(slow, fast, strict=True):
         for kind in ("observation", "next_observation"):
             for name in ("x", "n"):

@@ -5,6 +5,7 @@ import pytest
 from recording import Recorder, schema
 
 import replaystore.loader
+import replaystore.recycler
 from replaystore import ReplayStore, Transition
 from replaystore.dataset import ReplayDataset
 from replaystore.recycler import KEPT, LARGEST, SMALLEST, Recycler
@@ -68,6 +69,7 @@ def test_memory_that_was_used_last_is_used_first():
 @pytest.mark.parametrize("batch_size", [64, 100, 256], ids=["four at once", "two at once", "one"])
 def test_loader_keeps_no_batch_that_its_user_has_let_go(batch_size, tmp_path, monkeypatch):
     monkeypatch.setattr(replaystore.loader, "SMALL_BYTES", 1)
+    monkeypatch.setattr(replaystore.recycler, "SMALLEST", 1)
     with ReplayStore.create(tmp_path / "store", schema()) as store:
         Recorder(store).bulk(4 * 4096)
     dataset = ReplayDataset(tmp_path / "store", Transition(frame_stack=20))
