@@ -11,7 +11,7 @@
 #include <string.h>
 
 enum { COLUMNS = 8, COPIED = 7, SHIFT = 6, END = 7, AT_ONCE = 128, STEPS = 4 };
-enum { AHEAD = 32, LINE = 64 }; /* runs, bytes */
+enum { AHEAD = 32, LINE = 64, ASKED = 512 }; /* runs, bytes, bytes of a run: the processor foresees the rest */
 
 typedef struct {
     const int64_t *rows; /* COLUMNS of each episode; at END, the items up to and with it */
@@ -29,7 +29,9 @@ typedef struct {
 
 static int64_t number_at(const Numbers *numbers, Py_ssize_t i)
 {
-    return *(const int64_t *)(numbers->first + i * numbers->step);
+    int64_t number; /* which may lie anywhere */
+    memcpy(&number, numbers->first + i * numbers->step, sizeof number);
+    return number;
 }
 
 static const int64_t *row_of(const Index *index, int64_t episode)
@@ -148,6 +150,19 @@ static PyObject *locate(PyObject *module, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+typedef struct {
+    const char *first;
+    Py_ssize_t step, nbytes;
+    int64_t count;
+} Runs;
+
+/* Where a run begins, or what is no address, of a number without a run. */
+static const char *run_at(const char *first, Py_ssize_t step, int64_t number)
+{
+    return (const char *)((uintptr_t)first + (uintptr_t)number * (uintptr_t)step);
+}
+
+/* Of the processor, which ignores what is no address. */
 static void ask_for(const char *run, Py_ssize_t nbytes)
 {
     for (Py_ssize_t at = 0; at < nbytes; at += LINE)
@@ -155,16 +170,23 @@ static void ask_for(const char *run, Py_ssize_t nbytes)
     __builtin_prefetch(run + nbytes - 1);
 }
 
-static void copy_each(const char *first, Py_ssize_t step, Py_ssize_t nbytes, const Numbers *numbers, char *out)
+/* Whether all of them are there; another thread may change numbers meanwhile. */
+static int copy_each(const Runs *runs, const Numbers *numbers, char *out)
 {
-    const Py_ssize_t length = numbers->length;
+    const char *const first = runs->first; /* not read anew for each run, as `out` could be anywhere */
+    const Py_ssize_t step = runs->step, nbytes = runs->nbytes, length = numbers->length;
+    const Py_ssize_t asked = nbytes < ASKED ? nbytes : ASKED;
     for (Py_ssize_t i = 0; i < AHEAD && i < length; i++)
-        ask_for(first + number_at(numbers, i) * step, nbytes);
+        ask_for(run_at(first, step, number_at(numbers, i)), asked);
     for (Py_ssize_t i = 0; i < length; i++) {
+        const int64_t number = number_at(numbers, i);
         if (i + AHEAD < length)
-            ask_for(first + number_at(numbers, i + AHEAD) * step, nbytes);
-        memcpy(out + i * nbytes, first + number_at(numbers, i) * step, nbytes);
+            ask_for(run_at(first, step, number_at(numbers, i + AHEAD)), asked);
+        if (number < 0 || number >= runs->count)
+            return 0;
+        memcpy(out + i * nbytes, run_at(first, step, number), nbytes);
     }
+    return 1;
 }
 
 PyDoc_STRVAR(copy_runs_doc,
@@ -190,13 +212,18 @@ static PyObject *copy_runs(PyObject *module, PyObject *arguments)
         const Numbers numbers = {views[NUMBERS].buf, views[NUMBERS].strides[0], views[NUMBERS].shape[0]};
         const int fits = step > 0 && nbytes > 0 && views[OUT].len / nbytes == numbers.length
                          && views[OUT].len % nbytes == 0;
-        const int64_t runs = fits && views[SOURCE].len >= nbytes ? (views[SOURCE].len - nbytes) / step + 1 : 0;
+        const int64_t count = fits && views[SOURCE].len >= nbytes ? (views[SOURCE].len - nbytes) / step + 1 : 0;
+        const Runs runs = {views[SOURCE].buf, step, nbytes, count};
+        int inside = 0;
+        if (fits) {
+            Py_BEGIN_ALLOW_THREADS /* rows may have to be read from disk */
+            inside = copy_each(&runs, &numbers, views[OUT].buf);
+            Py_END_ALLOW_THREADS
+        }
         if (!fits)
             PyErr_SetString(PyExc_ValueError, "copy_runs: expected sizes that match");
-        else if (!are_below(&numbers, runs))
+        else if (!inside)
             PyErr_SetString(PyExc_IndexError, "copy_runs: expected runs inside the source");
-        else
-            copy_each(views[SOURCE].buf, step, nbytes, &numbers, views[OUT].buf);
     }
     while (got--)
         PyBuffer_Release(&views[got]);
@@ -253,7 +280,7 @@ static PyObject *take_order(PyObject *module, PyObject *arguments)
         const Network network = {views[KEYS].buf, views[KEYS].shape[0] / 2, bits / 2, bits - bits / 2};
         const Py_ssize_t count = views[OUT].shape[0];
         int64_t *out = views[OUT].buf;
-        if (bits < 1 || bits > 62 || length > 1ll << bits || start < 0 || start > length - count)
+        if (bits < 1 || bits > 62 || length > 1ll << bits || length < count || start < 0 || start > length - count)
             PyErr_SetString(PyExc_ValueError, "take_order: expected positions below the length, and bits for it");
         else
             for (Py_ssize_t i = 0; i < count; i++) {

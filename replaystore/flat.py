@@ -146,8 +146,7 @@ class FlatColumn:
         self._field = field
         self._range = AddressRange(rows * field.row_nbytes, huge=huge)
         self.read_by_page = self._range.read_by_page
-        self._bytes = np.asarray(self._range)
-        self._data = self._bytes[: rows * field.row_nbytes]
+        self._data = np.asarray(self._range)[: rows * field.row_nbytes]
         self.rows = self._data.view(field.dtype).reshape(rows, *field.shape)
         self.few = SMALLEST // field.row_nbytes  # rows that `take` allocates memory for well
 
@@ -164,14 +163,14 @@ class FlatColumn:
         if finding is None:
             kind = f"V{length * nbytes}"
             runs = np.ndarray((len(self.rows) - length + 1,), kind, self._data, strides=(nbytes,))
-            out.reshape(-1).view(kind)[:] = runs[numbers]
+            out[...] = runs[numbers].view(field.dtype).reshape(out.shape)
         else:
             finding.copy_runs(self._data, nbytes, length * nbytes, numbers, out)
         return out
 
     def touch(self, numbers: np.ndarray) -> None:
         """Have the pages in which rows begin read from disk."""
-        self._bytes.take(numbers * self._field.row_nbytes, mode="clip")
+        self._data.take(numbers * self._field.row_nbytes, mode="clip")
 
     def clear(self, *, row: int, rows: int) -> None:
         """Let go of the file that was mapped there; its rows must not be read again."""

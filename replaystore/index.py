@@ -119,7 +119,6 @@ class EpisodeIndex:
         # stream, env, first, last, rows that terminated and truncated it, shift, items up to and with it:
         # an episode's columns lie side by side, in one line of the processor's caches
         self._table = _empty_table(64)
-        self._ends = np.empty(64, np.int64)  # the last column once more, for numpy's search
         self._numbers = np.empty(64, np.int64)  # of closed episodes in their streams
         self.version = 0  # grows with every change; no other index that is not empty has the same
         self._closed = 0
@@ -132,7 +131,7 @@ class EpisodeIndex:
 
     def __len__(self) -> int:
         """The number of items."""
-        return int(self._ends[self._count - 1]) if self._count else 0
+        return int(self._table[7, self._count - 1]) if self._count else 0
 
     @property
     def num_episodes(self) -> int:
@@ -259,23 +258,23 @@ class EpisodeIndex:
         if self._is_cut:
             values = values[:, values[3] > self.floors[values[0]]]
         start, stop = self._count, self._count + values.shape[1]
-        if stop > len(self._ends):
-            self._grow(max(stop, 2 * len(self._ends)))
+        if stop > self._table.shape[1]:
+            self._grow(max(stop, 2 * self._table.shape[1]))
         begin, counts = self._items(values)
         ends = len(self) + np.cumsum(counts)
         self._table[:6, start:stop] = values[:6]
         self._table[6, start:stop] = begin - (ends - counts) * self.spacing.stride
-        self._table[7, start:stop] = self._ends[start:stop] = ends
+        self._table[7, start:stop] = ends
         self._numbers[start:stop] = values[6]
         self._count = stop
 
     def _grow(self, size: int) -> None:
         """Make room for so many episodes."""
-        table = _empty_table(size)
+        table, numbers = _empty_table(size), np.empty(size, np.int64)
         table[:, : self._count] = self._table[:, : self._count]
-        more = size - len(self._ends)
-        self._table, self._numbers = table, np.pad(self._numbers, (0, more))
-        self._ends = np.pad(self._ends, (0, more))  # the last, as it tells how much room there is
+        numbers[: self._count] = self._numbers[: self._count]
+        self._numbers = numbers
+        self._table = table  # the last, as it tells how much room there is
 
     @property
     def _is_cut(self) -> bool:
@@ -309,8 +308,8 @@ class EpisodeIndex:
             numbers = numbers.astype(np.int64, casting="safe")
         stride = self.spacing.stride
         if finding is None:
-            if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
-                raise IndexError(f"expected numbers below {len(self)}, got {numbers.min()} to {numbers.max()}")
+            if len(numbers) and numbers.view(np.uint64).max() >= len(self):  # or below 0
+                raise IndexError(f"expected numbers of {len(self)} items")
             columns = self._of(self._find(numbers))[:7]
             columns[6] += numbers if stride == 1 else numbers * stride
             return columns
@@ -384,14 +383,14 @@ class EpisodeIndex:
         For many numbers a binary search is slow, as the processor cannot foresee its branches.
         The bucket of a number gives an episode at or before its own, mostly at most two before.
         """
-        ends = self._ends[: self._count]
+        ends = self._table[7, : self._count]
         if len(numbers) < FEW or not self._closed:
             return ends.searchsorted(numbers, side="right")
         episodes, bits, _, _ = self._filled_buckets()
         episode = episodes.take(numbers >> bits, mode="clip")
         for _ in range(2):
-            episode += ends.take(episode) <= numbers
-        late = np.flatnonzero(ends.take(episode) <= numbers)
+            episode += ends[episode] <= numbers
+        late = np.flatnonzero(ends[episode] <= numbers)
         episode[late] = ends.searchsorted(numbers[late], side="right")
         return episode
 
@@ -400,7 +399,7 @@ class EpisodeIndex:
         known = self._buckets
         if known.closed == self._closed:
             return known
-        ends = self._ends[: self._closed]
+        ends = self._table[7, : self._closed]
         episodes, bits, items, _ = known
         if not len(episodes) or ends[-1] * 8 > items * 9:
             items = int(ends[-1])
@@ -462,7 +461,6 @@ class EpisodeIndex:
         for end in (terminated, truncated):
             assert ((end == -1) | (end == last - 1)).all(), "an episode that ends before its last transition"
         assert (np.diff(ends, prepend=0) == counts).all(), "lengths and their sums differ"
-        assert np.array_equal(ends, self._ends[: self._count]), "two columns of sums differ"
         assert (begin - (ends - counts) * self.spacing.stride == shift).all(), "shifts"
         assert not self._is_cut or (last > self.floors[stream]).all(), "an episode that was evicted"
         order = np.lexsort((first, env, stream))

@@ -38,7 +38,7 @@ class Order:
         """The numbers at positions `start` to `stop`, int64."""
         if self.length <= SMALL:
             return self._permutation[start:stop]
-        if finding is not None:
+        if finding is not None and start < stop:
             taken = np.empty(stop - start, np.int64)
             finding.take_order(start, self.length, self._bits, self._keys, taken)
             return taken

@@ -194,6 +194,21 @@ def test_an_episode_lies_in_one_line_of_the_caches():
     index.check()
 
 
+def test_an_interrupt_while_room_is_made_leaves_what_there_was(monkeypatch):
+    index, model = EpisodeIndex(), Model()
+    index.set_width(0, 1)
+    for first in (0, 1000):
+        episodes = [(0, first + 5 * i, 4, 0, 0) for i in range(100)]
+        with monkeypatch.context() as patch:
+            patch.setattr("replaystore.index._empty_table", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                index.append(0, *arrays(episodes, 5))
+        check(index, model)
+        index.append(0, *arrays(episodes, 5))
+        model.closed += [(0, *episode) for episode in episodes]
+        check(index, model)
+
+
 def test_an_interrupt_while_buckets_are_filled_leaves_those_there_were(monkeypatch):
     index, model = EpisodeIndex(), Model()
     index.set_width(0, 1)

@@ -21,11 +21,17 @@ def compiled(request, monkeypatch):
 @pytest.mark.parametrize("length", [SMALL + 1, (1 << 17) - 1, 1 << 17, 1_000_003, 10**12, 1 << 61])
 def test_an_order_is_the_same_without_compiled_code(length, monkeypatch):
     for start in (0, 5, length - 1000):
-        found = [Order(length, (seed, 1)).take(start, start + 1000) for seed in range(3)]
-        with monkeypatch.context() as patch:
-            patch.setattr("replaystore.orders.finding", None)
-            expected = [Order(length, (seed, 1)).take(start, start + 1000) for seed in range(3)]
-        assert np.array_equal(found, expected)
+        taken = []
+        for each in (finding, None):
+            monkeypatch.setattr("replaystore.orders.finding", each)
+            taken.append([Order(length, (seed, 1)).take(start, start + 1000) for seed in range(3)])
+        assert np.array_equal(*taken)
+
+
+@pytest.mark.parametrize("length", [1000, SMALL + 1, 300_000])
+def test_nothing_is_taken_from_beyond_an_order(length):
+    for start, stop in ((5, 5), (length, length), (length + 7, length + 7), (length + 7, length)):
+        assert Order(length, (0, 0)).take(start, stop).tolist() == []
 
 
 @pytest.mark.parametrize("length", LENGTHS)
