@@ -11,7 +11,7 @@
 #include <string.h>
 
 enum { COLUMNS = 8, COPIED = 7, SHIFT = 6, END = 7, AT_ONCE = 128, STEPS = 4 };
-enum { AHEAD = 32, LINE = 64, ASKED = 512 }; /* runs, bytes, bytes of a run: the processor foresees the rest */
+enum { AHEAD = 32, LINE = 64, ASKED = 512 }; /* runs, bytes, bytes: the processor foresees the rest */
 
 typedef struct {
     const int64_t *rows; /* COLUMNS of each episode; at END, the items up to and with it */
@@ -151,48 +151,58 @@ static PyObject *locate(PyObject *module, PyObject *arguments)
 }
 
 typedef struct {
-    const char *first;
-    Py_ssize_t step, nbytes;
-    int64_t count;
+    const char *first; /* row */
+    Py_ssize_t row_nbytes;
+    int64_t count; /* of rows at which a run may begin */
+    Py_ssize_t nbytes, apart; /* of each piece of a run, and from one to the next */
 } Runs;
 
 /* Where a run begins, or what is no address, of a number without a run. */
-static const char *run_at(const char *first, Py_ssize_t step, int64_t number)
+static const char *run_at(const char *first, Py_ssize_t row_nbytes, int64_t number)
 {
-    return (const char *)((uintptr_t)first + (uintptr_t)number * (uintptr_t)step);
+    return (const char *)((uintptr_t)first + (uintptr_t)number * (uintptr_t)row_nbytes);
 }
 
 /* Of the processor, which ignores what is no address. */
-static void ask_for(const char *run, Py_ssize_t nbytes)
+static void ask_for(const char *piece, Py_ssize_t nbytes)
 {
     for (Py_ssize_t at = 0; at < nbytes; at += LINE)
-        __builtin_prefetch(run + at);
-    __builtin_prefetch(run + nbytes - 1);
+        __builtin_prefetch(piece + at);
+    __builtin_prefetch(piece + nbytes - 1);
 }
 
-/* Whether all of them are there; another thread may change numbers meanwhile. */
-static int copy_each(const Runs *runs, const Numbers *numbers, char *out)
+/* Whether all of them are there; another thread may change numbers meanwhile.
+ *
+ * It is compiled once for each call, as it is faster where the compiler knows of how many pieces a run is.
+ */
+static inline __attribute__((always_inline)) int copy_each(
+    const Runs *runs, Py_ssize_t pieces, const Numbers *numbers, char *out)
 {
     const char *const first = runs->first; /* not read anew for each run, as `out` could be anywhere */
-    const Py_ssize_t step = runs->step, nbytes = runs->nbytes, length = numbers->length;
+    const Py_ssize_t row_nbytes = runs->row_nbytes, nbytes = runs->nbytes, apart = runs->apart;
     const Py_ssize_t asked = nbytes < ASKED ? nbytes : ASKED;
-    for (Py_ssize_t i = 0; i < AHEAD && i < length; i++)
-        ask_for(run_at(first, step, number_at(numbers, i)), asked);
-    for (Py_ssize_t i = 0; i < length; i++) {
-        const int64_t number = number_at(numbers, i);
-        if (i + AHEAD < length)
-            ask_for(run_at(first, step, number_at(numbers, i + AHEAD)), asked);
-        if (number < 0 || number >= runs->count)
+    const Numbers each = *numbers;
+    const int64_t count = runs->count;
+    for (Py_ssize_t i = 0; i < AHEAD && i < each.length; i++)
+        for (Py_ssize_t piece = 0; piece < pieces; piece++)
+            ask_for(run_at(first, row_nbytes, number_at(&each, i)) + piece * apart, asked);
+    for (Py_ssize_t i = 0; i < each.length; i++) {
+        const int64_t number = number_at(&each, i);
+        if (number < 0 || number >= count)
             return 0;
-        memcpy(out + i * nbytes, run_at(first, step, number), nbytes);
+        if (i + AHEAD < each.length)
+            for (Py_ssize_t piece = 0; piece < pieces; piece++)
+                ask_for(run_at(first, row_nbytes, number_at(&each, i + AHEAD)) + piece * apart, asked);
+        for (Py_ssize_t piece = 0; piece < pieces; piece++, out += nbytes)
+            memcpy(out, run_at(first, row_nbytes, number) + piece * apart, nbytes);
     }
     return 1;
 }
 
 PyDoc_STRVAR(copy_runs_doc,
-"copy_runs(source, step, nbytes, numbers, out)\n--\n\n"
-"Copy `nbytes` bytes of `source` from byte numbers[i] * step on for each i, one behind the other.\n\n"
-"`source` and `out` are contiguous, `out` of nbytes * items bytes, and `numbers` is int64 (items,).\n"
+"copy_runs(source, row_nbytes, length, apart, numbers, out)\n--\n\n"
+"Copy of each run `length` rows of `source`, numbers[i], numbers[i] + apart and so on, one behind the other.\n\n"
+"`source` and `out` are contiguous, `out` of as many rows as the runs have, and `numbers` is int64 (items,).\n"
 "Raises IndexError for a run that is not inside `source`, ValueError if sizes do not match.");
 
 static PyObject *copy_runs(PyObject *module, PyObject *arguments)
@@ -200,24 +210,30 @@ static PyObject *copy_runs(PyObject *module, PyObject *arguments)
     enum { SOURCE, NUMBERS, OUT, BUFFERS };
     PyObject *objects[BUFFERS];
     Py_buffer views[BUFFERS];
-    Py_ssize_t step, nbytes;
+    Py_ssize_t row_nbytes, length, apart;
     int got = 0;
 
-    if (!PyArg_ParseTuple(arguments, "OnnOO", &objects[SOURCE], &step, &nbytes, &objects[NUMBERS], &objects[OUT]))
+    if (!PyArg_ParseTuple(arguments, "OnnnOO", &objects[SOURCE], &row_nbytes, &length, &apart, &objects[NUMBERS],
+                          &objects[OUT]))
         return NULL;
     got += PyObject_GetBuffer(objects[SOURCE], &views[SOURCE], PyBUF_SIMPLE) == 0;
     got += got == NUMBERS && get_int64s(objects[NUMBERS], &views[NUMBERS], PyBUF_STRIDES, 1) == 0;
     got += got == OUT && PyObject_GetBuffer(objects[OUT], &views[OUT], PyBUF_WRITABLE) == 0;
     if (got == BUFFERS) {
         const Numbers numbers = {views[NUMBERS].buf, views[NUMBERS].strides[0], views[NUMBERS].shape[0]};
-        const int fits = step > 0 && nbytes > 0 && views[OUT].len / nbytes == numbers.length
-                         && views[OUT].len % nbytes == 0;
-        const int64_t count = fits && views[SOURCE].len >= nbytes ? (views[SOURCE].len - nbytes) / step + 1 : 0;
-        const Runs runs = {views[SOURCE].buf, step, nbytes, count};
-        int inside = 0;
-        if (fits) {
+        const Py_ssize_t rows = row_nbytes > 0 ? views[SOURCE].len / row_nbytes : 0;
+        const int fits = row_nbytes > 0 && length > 0 && apart > 0 && views[OUT].len % row_nbytes == 0
+                         && views[OUT].len / row_nbytes % length == 0
+                         && views[OUT].len / row_nbytes / length == numbers.length;
+        const int is_there = fits && (length == 1 || apart <= (rows - 1) / (length - 1));
+        int inside = numbers.length == 0;
+        if (is_there) {
+            const Py_ssize_t pieces = length == 1 || apart == 1 ? 1 : length;
+            const Runs runs = {views[SOURCE].buf, row_nbytes, rows - (length - 1) * apart,
+                               length / pieces * row_nbytes, pieces == 1 ? 0 : apart * row_nbytes};
             Py_BEGIN_ALLOW_THREADS /* rows may have to be read from disk */
-            inside = copy_each(&runs, &numbers, views[OUT].buf);
+            inside = pieces == 1 ? copy_each(&runs, 1, &numbers, views[OUT].buf)
+                                 : copy_each(&runs, pieces, &numbers, views[OUT].buf);
             Py_END_ALLOW_THREADS
         }
         if (!fits)

@@ -156,16 +156,14 @@ class FlatColumn:
         path = chunk_path(array, number, 2 + len(self._field.shape))
         self._range.place(path, offset=row * nbytes, nbytes=rows * nbytes, exact=True)
 
-    def take_runs(self, numbers: np.ndarray, length: int, allocate: Allocate) -> np.ndarray:
-        """The rows from each of these numbers on, `length` of them, in memory from `allocate`: (batch, length, *shape)."""
-        field, nbytes = self._field, self._field.row_nbytes
+    def take_runs(self, numbers: np.ndarray, length: int, apart: int, allocate: Allocate) -> np.ndarray:
+        """Of each run `length` rows, `apart` from one to the next, in memory from `allocate`: (batch, length, *shape).
+
+        There must be compiled code.
+        """
+        field = self._field
         out = allocate((len(numbers), length, *field.shape), field.dtype)
-        if finding is None:
-            kind = f"V{length * nbytes}"
-            runs = np.ndarray((len(self.rows) - length + 1,), kind, self._data, strides=(nbytes,))
-            out[...] = runs[numbers].view(field.dtype).reshape(out.shape)
-        else:
-            finding.copy_runs(self._data, nbytes, length * nbytes, numbers, out)
+        finding.copy_runs(self._data, field.row_nbytes, length, apart, numbers, out)
         return out
 
     def touch(self, numbers: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from replaystore.arena import PackedColumn, StreamSpace, check_there, newest_head, stream_path
+from replaystore.compiled import finding
 from replaystore.errors import CorruptionError, SnapshotExpired
 from replaystore.field import Field
 from replaystore.files import PAGE, FileState, chunk_path, major_faults, prefetch, size_of
@@ -69,7 +70,7 @@ class Reader:
         self._patience: Patience  # with the columns of flat fields
         self._foresight = Foresight(major_faults)
         self._recycler = Recycler()
-        self._has_runs = False  # rows of an episode lie side by side: one environment, all fields flat
+        self._apart = 0  # from a row of an episode to the next, if all fields are flat and it is one number
         self._is_plain = False  # one stream of one environment: the number of a row is its time
         packed = [field for field in schema.fields if field.packed]
         share = cache_bytes // max(1, len(packed))
@@ -109,7 +110,7 @@ class Reader:
 
         `allocate(shape, dtype)` gives the arrays to read into.
         """
-        has_runs = self._has_runs and not self._foresight.is_on
+        has_runs = self._apart > 0 and not self._foresight.is_on
         located = [(self._locate(places, times, tails, has_runs), names) for times, names in wanted]
         ends = {"terminated": places.terminated, "truncated": places.truncated}
         if self._foresight.is_on:
@@ -126,7 +127,7 @@ class Reader:
                 column = self._flat.get(name)
                 if rows.length > 1:
                     memory = allocate or self._recycler.allocate
-                    arrays[name] = self._flat[name].take_runs(rows.number, rows.length, memory)
+                    arrays[name] = self._flat[name].take_runs(rows.number, rows.length, self._apart, memory)
                     continue
                 if column is not None and 0 < size <= column.few:
                     arrays[name] = column.rows.take(rows.number, 0, None, "clip")
@@ -259,8 +260,10 @@ class Reader:
         for stream, space in spaces.items():
             self._map_flat(flat, stream, space, already=None)
         self._spaces, self._flat = spaces, flat
-        is_single = all(head.num_envs == 1 for head in heads.values())
-        self._has_runs, self._is_plain = is_single and not self._packed, is_single and len(heads) == 1
+        widths = {head.num_envs for head in heads.values()}
+        has_runs = finding is not None and not self._packed and len(widths) == 1
+        self._apart = min(widths) if has_runs else 0
+        self._is_plain = widths == {1} and len(heads) == 1
         self._base = np.zeros(max(heads) + 1, np.int64)
         self._width = np.ones(max(heads) + 1, np.int64)
         for stream, space in spaces.items():

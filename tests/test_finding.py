@@ -75,41 +75,51 @@ def test_arrays_with_gaps_are_refused():
         located(np.array([0, 1]), rows=ROWS[:, ::-1])
 
 
-def copied(numbers, step=3, nbytes=7, source=None, items=None):
+def copied(numbers, row_nbytes=3, length=2, apart=1, source=None, items=None):
     source = np.arange(100, dtype=np.uint8) if source is None else source
-    out = np.full((len(numbers) if items is None else items, nbytes), 255, np.uint8)
-    finding.copy_runs(source, step, nbytes, numbers, out)
+    out = np.full((len(numbers) if items is None else items, length, max(row_nbytes, 1)), 255, np.uint8)
+    finding.copy_runs(source, row_nbytes, length, apart, numbers, out)
     return out
 
 
-@pytest.mark.parametrize("step", [1, 3, 10, 70])
-@pytest.mark.parametrize("nbytes", [1, 8, 27, 64, 100])
+@pytest.mark.parametrize("row_nbytes", [1, 8, 27, 600])
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("apart", [1, 3])
 @pytest.mark.parametrize("stride", [1, -2])
-def test_runs_are_copied_from_wherever_they_begin(step, nbytes, stride):
-    source = np.random.default_rng(0).integers(256, size=300, dtype=np.uint8)
-    runs = (300 - nbytes) // step + 1
+def test_runs_are_copied_from_wherever_they_begin(row_nbytes, length, apart, stride):
+    rows = np.random.default_rng(0).integers(256, size=(40, row_nbytes), dtype=np.uint8)
+    source = np.append(rows.reshape(-1), np.zeros(row_nbytes - 1, np.uint8))  # not a whole row more
+    last = 40 - 1 - (length - 1) * apart
     for count in (0, 1, 31, 32, 33, 500):
-        numbers = np.random.default_rng(count).integers(runs, size=2 * count)[::stride]
-        expected = source[numbers[:, None] * step + np.arange(nbytes)]
-        assert np.array_equal(copied(numbers, step, nbytes, source), expected)
-    assert (
-        copied(np.array([0, runs - 1]), step, nbytes, source)[1, -1] == source[(runs - 1) * step + nbytes - 1]
-    )
+        numbers = np.random.default_rng(count).integers(last + 1, size=2 * count)[::stride]
+        expected = rows[numbers[:, None] + apart * np.arange(length)]
+        assert np.array_equal(copied(numbers, row_nbytes, length, apart, source), expected)
+    assert np.array_equal(copied(np.array([0, last]), row_nbytes, length, apart, source)[1, -1], rows[-1])
+    for number in (-1, last + 1, 2**62, -(2**63)):
+        with pytest.raises(IndexError, match="expected runs inside"):
+            copied(np.array([0, number, last]), row_nbytes, length, apart, source)
 
 
-@pytest.mark.parametrize("number", [-1, 32, 2**62, -(2**63)])
-def test_a_run_outside_the_source_is_refused(number):
+@pytest.mark.parametrize(("length", "apart"), [(34, 1), (2, 33), (5, 9), (2, 2**62)])
+def test_runs_longer_than_the_source_are_refused(length, apart):
     with pytest.raises(IndexError, match="expected runs inside"):
-        copied(np.array([0, number, 31]))
-    with pytest.raises(IndexError, match="expected runs inside"):
-        copied(np.array([0]), nbytes=101)
+        copied(np.array([0]), 3, length, apart)
+
+
+def test_numbers_may_lie_anywhere():
+    numbers = np.frombuffer(b"?" + np.arange(31).tobytes(), np.int64, offset=1)
+    assert not numbers.flags.aligned
+    assert np.array_equal(copied(numbers)[:, 0, 0], 3 * np.arange(31))
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"step": 0},
-        {"step": -3},
+        {"row_nbytes": 0},
+        {"row_nbytes": -3},
+        {"length": 0},
+        {"apart": 0},
+        {"apart": -1},
         {"items": 1},
         {"items": 3},
         {"numbers": np.array([0, 1], np.int32)},

@@ -180,13 +180,11 @@ def add_flat_episode(store, rng, length):
     store.add_episode(observation=nested, **values)
 
 
-@pytest.mark.parametrize(
-    "num_envs", [[1], [1, 1], [1, 2]], ids=["a stream", "two", "one of two environments"]
-)
+@pytest.mark.parametrize("num_envs", [[1], [1, 1], [3], [2, 2], [1, 2]], ids=str)
 @pytest.mark.parametrize("allocate", [None, np.empty], ids=["", "into memory that is given"])
 @pytest.mark.parametrize("compiled", [finding, None], ids=["compiled", "numpy"])
 def test_what_is_read_in_runs_is_what_is_read_row_by_row(num_envs, allocate, compiled, tmp_path, monkeypatch):
-    monkeypatch.setattr("replaystore.flat.finding", compiled)
+    monkeypatch.setattr("replaystore.reader.finding", compiled)
     rng, path, taken = np.random.default_rng(0), tmp_path / "store", []
     take_runs = FlatColumn.take_runs
     monkeypatch.setattr(FlatColumn, "take_runs", lambda *what: taken.append(what[0]) or take_runs(*what))
@@ -202,10 +200,11 @@ def test_what_is_read_in_runs_is_what_is_read_row_by_row(num_envs, allocate, com
     with ReplayStore.open(path) as store:
         numbers = rng.permutation(len(store))
         fast = [store.read(some, allocate=allocate) for some in (numbers, numbers[:50])]
-        assert len(taken) == (0 if 2 in num_envs else 4)
-        monkeypatch.setattr(store._view._reader, "_has_runs", False)
+        assert len(taken) == (4 if compiled and len({*num_envs}) == 1 else 0)
+        monkeypatch.setattr(store._view._reader, "_apart", 0)
+        taken.clear()
         slow = [store.read(some) for some in (numbers, numbers[:50])]
-        assert len(taken) == (0 if 2 in num_envs else 4)
+        assert taken == []
     for one, other in zip(slow, fast, strict=True):
         for kind in ("observation", "next_observation"):
             for name in ("x", "n"):
