@@ -105,6 +105,16 @@ static int get_int64s(PyObject *object, Py_buffer *view, int flags, int dimensio
     return -1;
 }
 
+/* None, or the error that was set. */
+static PyObject *finish(Py_buffer *views, int got)
+{
+    while (got--)
+        PyBuffer_Release(&views[got]);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(locate_doc,
 "locate(numbers, rows, count, buckets, bits, stride, out)\n--\n\n"
 "Copy the rows, int64 (episodes, 8), of the episodes that items belong to: out[column, i] is of numbers[i],\n"
@@ -143,11 +153,7 @@ static PyObject *locate(PyObject *module, PyObject *arguments)
         else
             locate_each(&index, &numbers, stride, views[OUT].buf);
     }
-    while (got--)
-        PyBuffer_Release(&views[got]);
-    if (PyErr_Occurred())
-        return NULL;
-    Py_RETURN_NONE;
+    return finish(views, got);
 }
 
 typedef struct {
@@ -241,11 +247,7 @@ static PyObject *copy_runs(PyObject *module, PyObject *arguments)
         else if (!inside)
             PyErr_SetString(PyExc_IndexError, "copy_runs: expected runs inside the source");
     }
-    while (got--)
-        PyBuffer_Release(&views[got]);
-    if (PyErr_Occurred())
-        return NULL;
-    Py_RETURN_NONE;
+    return finish(views, got);
 }
 
 typedef struct {
@@ -306,11 +308,7 @@ static PyObject *take_order(PyObject *module, PyObject *arguments)
                 out[i] = number;
             }
     }
-    while (got--)
-        PyBuffer_Release(&views[got]);
-    if (PyErr_Occurred())
-        return NULL;
-    Py_RETURN_NONE;
+    return finish(views, got);
 }
 
 static PyMethodDef methods[] = {
