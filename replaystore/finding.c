@@ -1,8 +1,8 @@
 /* Which items come next, the episodes that they belong to, and their rows: of many items in one call each.
  *
  * The index and the rows are larger than the processor's caches where a store is large: what one item needs of
- * them is asked for while others are looked at. `orders.py`, `index.py` and `flat.py` do the same with numpy
- * where there is no compiler.
+ * them is asked for while others are looked at. Where there is no compiler, `orders.py` and `index.py` do the same
+ * with numpy, and `reader.py` reads row by row.
  */
 
 #define PY_SSIZE_T_CLEAN

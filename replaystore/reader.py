@@ -124,11 +124,11 @@ class Reader:
                     assert rows.length == 1, "windows ask for flags at times, not in runs"
                     arrays[name] = rows.time == _widened(end, rows.time)
                     continue
-                column = self._flat.get(name)
                 if rows.length > 1:
                     memory = allocate or self._recycler.allocate
                     arrays[name] = self._flat[name].take_runs(rows.number, rows.length, self._apart, memory)
                     continue
+                column = self._flat.get(name)
                 if column is not None and 0 < size <= column.few:
                     arrays[name] = column.rows.take(rows.number, 0, None, "clip")
                     continue
