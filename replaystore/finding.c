@@ -10,13 +10,15 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { COLUMNS = 8, COPIED = 7, SHIFT = 6, END = 7, AT_ONCE = 128, STEPS = 4 };
-enum { AHEAD = 32, LINE = 64, ASKED = 512 }; /* runs, bytes, bytes: the processor foresees the rest */
+enum { COLUMNS = 8, COPIED = 7, SHIFT = 6, END = 7, AT_ONCE = 128, MOSTLY = 2, STEPS = 2 };
+enum { FIRST_AHEAD = 64, REST_AHEAD = 48 };     /* runs */
+enum { LINE = 64, ASKED = 512 };                /* bytes: the processor foresees what follows */
+enum { ALL_BUT_THE_FIRST = 2 };                 /* caches, as the second can wait for more at a time */
 
 typedef struct {
     const int64_t *rows; /* COLUMNS of each episode; at END, the items up to and with it */
     int64_t count;
-    const int64_t *buckets; /* an episode at or before that of every 2^bits-th item */
+    const int32_t *buckets; /* an episode at or before that of every 2^bits-th item */
     int64_t buckets_count;
     int bits;
 } Index;
@@ -61,6 +63,8 @@ static int are_below(const Numbers *numbers, int64_t end)
 static const int64_t *find(const Index *index, int64_t number, int64_t low)
 {
     int64_t high = index->count;
+    for (int step = 0; step < MOSTLY; step++) /* without branches, which could not be foreseen */
+        low += row_of(index, low)[END] <= number;
     for (int step = 0; step < STEPS; step++, low++)
         if (row_of(index, low)[END] > number)
             return row_of(index, low);
@@ -83,6 +87,7 @@ static void locate_each(const Index *index, const Numbers *numbers, int64_t stri
         for (Py_ssize_t i = 0; i < count; i++) {
             low[i] = begin_at(index, number_at(numbers, start + i));
             __builtin_prefetch(row_of(index, low[i]));
+            __builtin_prefetch(row_of(index, low[i] + 1));
         }
         for (Py_ssize_t i = 0; i < count; i++) {
             const int64_t number = number_at(numbers, start + i);
@@ -94,15 +99,20 @@ static void locate_each(const Index *index, const Numbers *numbers, int64_t stri
     }
 }
 
-static int get_int64s(PyObject *object, Py_buffer *view, int flags, int dimensions)
+static int get_integers(PyObject *object, Py_buffer *view, int flags, int dimensions, Py_ssize_t nbytes)
 {
     if (PyObject_GetBuffer(object, view, flags) < 0)
         return -1;
-    if (view->ndim == dimensions && view->itemsize == sizeof(int64_t))
+    if (view->ndim == dimensions && view->itemsize == nbytes)
         return 0;
     PyBuffer_Release(view);
-    PyErr_SetString(PyExc_ValueError, "expected int64 arrays of their dimensions");
+    PyErr_SetString(PyExc_ValueError, "expected arrays of integers, of their sizes and dimensions");
     return -1;
+}
+
+static int get_int64s(PyObject *object, Py_buffer *view, int flags, int dimensions)
+{
+    return get_integers(object, view, flags, dimensions, sizeof(int64_t));
 }
 
 /* None, or the error that was set. */
@@ -120,7 +130,7 @@ PyDoc_STRVAR(locate_doc,
 "Copy the rows, int64 (episodes, 8), of the episodes that items belong to: out[column, i] is of numbers[i],\n"
 "plus numbers[i] * stride in column 6. Column 7, which is not copied, counts the items up to and with each.\n\n"
 "`numbers` is int64 (items,) and `out` int64 (7, items). Rows after the first `count` are not looked at.\n"
-"`buckets`, int64, has an episode at or before that of every 2^bits-th item; it may be empty.\n"
+"`buckets`, int32, has an episode at or before that of every 2^bits-th item; it may be empty.\n"
 "Raises IndexError for a number without an episode, ValueError if sizes do not match.");
 
 static PyObject *locate(PyObject *module, PyObject *arguments)
@@ -128,6 +138,7 @@ static PyObject *locate(PyObject *module, PyObject *arguments)
     enum { NUMBERS, ROWS, BUCKETS, OUT, BUFFERS };
     static const int flags[] = {PyBUF_STRIDES, PyBUF_ND, PyBUF_ND, PyBUF_ND | PyBUF_WRITABLE};
     static const int dimensions[] = {1, 2, 1, 2};
+    static const Py_ssize_t nbytes[] = {sizeof(int64_t), sizeof(int64_t), sizeof(int32_t), sizeof(int64_t)};
     PyObject *objects[BUFFERS];
     Py_buffer views[BUFFERS];
     int bits, got = 0;
@@ -137,7 +148,7 @@ static PyObject *locate(PyObject *module, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "OOnOiLO", &objects[NUMBERS], &objects[ROWS], &count,
                           &objects[BUCKETS], &bits, &stride, &objects[OUT]))
         return NULL;
-    while (got < BUFFERS && get_int64s(objects[got], &views[got], flags[got], dimensions[got]) == 0)
+    while (got < BUFFERS && get_integers(objects[got], &views[got], flags[got], dimensions[got], nbytes[got]) == 0)
         got++;
     if (got == BUFFERS) {
         const Numbers numbers = {views[NUMBERS].buf, views[NUMBERS].strides[0], views[NUMBERS].shape[0]};
@@ -170,16 +181,23 @@ static const char *run_at(const char *first, Py_ssize_t row_nbytes, int64_t numb
 }
 
 /* Of the processor, which ignores what is no address. */
-static void ask_for(const char *piece, Py_ssize_t nbytes)
+static void ask_for_first(const char *piece)
 {
-    for (Py_ssize_t at = 0; at < nbytes; at += LINE)
-        __builtin_prefetch(piece + at);
-    __builtin_prefetch(piece + nbytes - 1);
+    __builtin_prefetch(piece, 0, ALL_BUT_THE_FIRST);
+}
+
+static void ask_for_rest(const char *piece, Py_ssize_t nbytes)
+{
+    for (Py_ssize_t at = LINE; at < nbytes; at += LINE)
+        __builtin_prefetch(piece + at, 0, ALL_BUT_THE_FIRST);
+    __builtin_prefetch(piece + nbytes - 1, 0, ALL_BUT_THE_FIRST);
 }
 
 /* Whether all of them are there; another thread may change numbers meanwhile.
  *
- * It is compiled once for each call, as it is faster where the compiler knows of how many pieces a run is.
+ * The rest of a run is asked for once its first bytes are on their way: where its page is has then been looked up,
+ * and is not looked up again for each of its lines. It is compiled once for each call, as it is faster where the
+ * compiler knows of how many pieces a run is.
  */
 static inline __attribute__((always_inline)) int copy_each(
     const Runs *runs, Py_ssize_t pieces, const Numbers *numbers, char *out)
@@ -189,16 +207,18 @@ static inline __attribute__((always_inline)) int copy_each(
     const Py_ssize_t asked = nbytes < ASKED ? nbytes : ASKED;
     const Numbers each = *numbers;
     const int64_t count = runs->count;
-    for (Py_ssize_t i = 0; i < AHEAD && i < each.length; i++)
-        for (Py_ssize_t piece = 0; piece < pieces; piece++)
-            ask_for(run_at(first, row_nbytes, number_at(&each, i)) + piece * apart, asked);
-    for (Py_ssize_t i = 0; i < each.length; i++) {
+    for (Py_ssize_t i = -FIRST_AHEAD; i < each.length; i++) {
+        if (i + FIRST_AHEAD < each.length)
+            for (Py_ssize_t piece = 0; piece < pieces; piece++)
+                ask_for_first(run_at(first, row_nbytes, number_at(&each, i + FIRST_AHEAD)) + piece * apart);
+        if (i + REST_AHEAD >= 0 && i + REST_AHEAD < each.length)
+            for (Py_ssize_t piece = 0; piece < pieces; piece++)
+                ask_for_rest(run_at(first, row_nbytes, number_at(&each, i + REST_AHEAD)) + piece * apart, asked);
+        if (i < 0)
+            continue;
         const int64_t number = number_at(&each, i);
         if (number < 0 || number >= count)
             return 0;
-        if (i + AHEAD < each.length)
-            for (Py_ssize_t piece = 0; piece < pieces; piece++)
-                ask_for(run_at(first, row_nbytes, number_at(&each, i + AHEAD)) + piece * apart, asked);
         for (Py_ssize_t piece = 0; piece < pieces; piece++, out += nbytes)
             memcpy(out, run_at(first, row_nbytes, number) + piece * apart, nbytes);
     }

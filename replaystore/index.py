@@ -99,7 +99,7 @@ class Extent(NamedTuple):
 
 
 class _Buckets(NamedTuple):
-    """Of every 2^bits-th item its episode, of the first `items`; `closed` episodes were there."""
+    """Of every 2^bits-th item its episode, int32, of the first `items`; `closed` episodes were there."""
 
     episodes: np.ndarray
     bits: int
@@ -123,7 +123,7 @@ class EpisodeIndex:
         self.version = 0  # grows with every change; no other index that is not empty has the same
         self._closed = 0
         self._count = 0
-        self._buckets = _Buckets(np.empty(0, np.int64), 0, 0, 0)
+        self._buckets = _Buckets(np.empty(0, np.int32), 0, 0, 0)
         self._sorted_keys = np.empty(0, np.int64)  # of the first closed episodes, in order
         self._sorted = np.empty(0, np.int64)  # those episodes
         self._columns = np.zeros(0, np.int64)  # by stream: columns of the streams known before
@@ -403,8 +403,9 @@ class EpisodeIndex:
         episodes, bits, items, _ = known
         if not len(episodes) or ends[-1] * 8 > items * 9:
             items = int(ends[-1])
-            bits = max(0, int(items // len(ends) // 4).bit_length() - 1)
-            episodes = ends.searchsorted(np.arange(0, max(1, items), 1 << bits), side="right")
+            bits = max(0, int(items // len(ends)).bit_length() - 1)
+            begins = np.arange(0, max(1, items), 1 << bits)
+            episodes = ends.searchsorted(begins, side="right").astype(np.int32)  # half the places in caches
         self._buckets = _Buckets(episodes, bits, items, self._closed)  # at once, should an interrupt come
         return self._buckets
 

@@ -14,7 +14,7 @@ EPISODES = np.arange(len(LENGTHS)).repeat(LENGTHS)
 def located(numbers, rows=ROWS, count=None, buckets=(), bits=0, stride=2, shape=None):
     out = np.full((7, len(numbers)) if shape is None else shape, -1)
     count = len(rows) if count is None else count
-    finding.locate(numbers, rows, count, np.array(buckets, np.int64), bits, stride, out)
+    finding.locate(numbers, rows, count, np.array(buckets, np.int32), bits, stride, out)
     return out
 
 
