@@ -75,6 +75,11 @@ def test_arrays_with_gaps_are_refused():
         located(np.array([0, 1]), rows=ROWS[:, ::-1])
 
 
+def test_buckets_of_other_integers_are_refused():
+    with pytest.raises(ValueError, match="expected arrays of integers"):
+        finding.locate(np.array([0]), ROWS, len(ROWS), np.zeros(1, np.int64), 0, 2, np.empty((7, 1), np.int64))
+
+
 def copied(numbers, row_nbytes=3, length=2, apart=1, source=None, items=None):
     source = np.arange(100, dtype=np.uint8) if source is None else source
     out = np.full((len(numbers) if items is None else items, length, max(row_nbytes, 1)), 255, np.uint8)
@@ -90,8 +95,8 @@ def test_runs_are_copied_from_wherever_they_begin(row_nbytes, length, apart, str
     rows = np.random.default_rng(0).integers(256, size=(40, row_nbytes), dtype=np.uint8)
     source = np.append(rows.reshape(-1), np.zeros(row_nbytes - 1, np.uint8))  # not a whole row more
     last = 40 - 1 - (length - 1) * apart
-    for count in (0, 1, 31, 32, 33, 500):
-        numbers = np.random.default_rng(count).integers(last + 1, size=2 * count)[::stride]
+    for count in (0, 1, 47, 48, 49, 63, 64, 65, 500):
+        numbers = np.random.default_rng(count).integers(last + 1, size=abs(stride) * count)[::stride]
         expected = rows[numbers[:, None] + apart * np.arange(length)]
         assert np.array_equal(copied(numbers, row_nbytes, length, apart, source), expected)
     assert np.array_equal(copied(np.array([0, last]), row_nbytes, length, apart, source)[1, -1], rows[-1])
