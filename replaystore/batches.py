@@ -74,8 +74,8 @@ class Batches(TorchSampler[Any]):
     draw the same from the same commit, which they agree on here, and each keeps its own share.
     `together` is how many items a loader wants to be drawn at once, which then says what it has given;
     without it, batches come one at a time and are given when they are drawn. Up to `at_once` items of
-    several draws come at once, so that how many are read at once changes nothing of what is drawn; of a
-    sampler with pools, that many are one draw, which ends where a pool does.
+    several draws come at once, so that how many are read at once changes nothing of what is drawn: where a
+    sampler has an order they are one draw, which of one with pools ends where a pool does.
     """
 
     def __init__(
@@ -146,9 +146,9 @@ class Batches(TorchSampler[Any]):
         """What comes next, of one or several draws."""
         with self._lock:
             draws: list[Drawn] = []
-            for _ in range(self._draws_now()):
+            for items in self._sizes_now():
                 try:
-                    drawn = self._draw_once()
+                    drawn = self._draw_once(items)
                 except UsageError:
                     if not draws:
                         raise
@@ -169,17 +169,22 @@ class Batches(TorchSampler[Any]):
         left = (total - done) // (4 * self._step)
         return max(1, min(self._draws, 1 + done // self._step, left))
 
-    def _items_now(self) -> int:
-        """How many items to draw: of pools, those of the batches that end nearest to a pool's end."""
-        if self._pool == 0:
-            return self._step
+    def _sizes_now(self) -> list[int]:
+        """How many items to draw: of each draw, or of what has an order once for all of them."""
+        if self._pool:
+            return [self._pool_now()]
+        draws = self._draws_now()
+        return [draws * self._step] if self._sampler.has_order else [self._step] * draws
+
+    def _pool_now(self) -> int:
+        """The items of those batches that end nearest to a pool's end."""
         left = self._pool - self._pass.drawn % self._pool
         batches = round(left / self.size) or round((left + self._pool) / self.size)
         return min(batches, self._most) * self.size
 
-    def _draw_once(self) -> Drawn | None:
+    def _draw_once(self, items: int) -> Drawn | None:
         total, done, _ = self._pass
-        n = min(self._items_now(), total - done)
+        n = min(items, total - done)
         if self._drop_last:
             n = n // self.size * self.size
         if n <= 0:

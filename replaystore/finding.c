@@ -296,6 +296,26 @@ static uint64_t scrambled(const Network *network, uint64_t number)
     return high << network->low_bits | low;
 }
 
+/* Walk each number until it is below `length`: all of some by a step, then what is left of them, as nobody can foresee
+ * which are.
+ */
+static void walk_each(const Network *network, int64_t length, int64_t *numbers, Py_ssize_t count)
+{
+    Py_ssize_t left[AT_ONCE];
+    for (Py_ssize_t i = 0; i < count; i++)
+        left[i] = i;
+    while (count) {
+        Py_ssize_t outside = 0;
+        for (Py_ssize_t i = 0; i < count; i++) {
+            int64_t *number = &numbers[left[i]];
+            *number = scrambled(network, *number);
+            left[outside] = left[i];
+            outside += *number >= length;
+        }
+        count = outside;
+    }
+}
+
 PyDoc_STRVAR(take_order_doc,
 "take_order(start, length, bits, keys, out)\n--\n\n"
 "The numbers, int64, from position `start` on of a Feistel network over `bits` bits, walked until below `length`.\n\n"
@@ -321,11 +341,11 @@ static PyObject *take_order(PyObject *module, PyObject *arguments)
         if (bits < 1 || bits > 62 || length > 1ll << bits || length < count || start < 0 || start > length - count)
             PyErr_SetString(PyExc_ValueError, "take_order: expected positions below the length, and bits for it");
         else
-            for (Py_ssize_t i = 0; i < count; i++) {
-                uint64_t number = scrambled(&network, start + i);
-                while (number >= (uint64_t)length)
-                    number = scrambled(&network, number);
-                out[i] = number;
+            for (Py_ssize_t i = 0; i < count; i += AT_ONCE) {
+                const Py_ssize_t some = count - i < AT_ONCE ? count - i : AT_ONCE;
+                for (Py_ssize_t j = i; j < i + some; j++)
+                    out[j] = start + j;
+                walk_each(&network, length, out + i, some);
             }
     }
     return finish(views, got);

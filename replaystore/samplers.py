@@ -40,6 +40,9 @@ class Sampler(abc.ABC):
     """How many items of a pass are best read at once, from one multiple of this to the next: those that
     share chunks."""
 
+    has_order: bool = False
+    """Whether a pass has an order of its own: one draw gives what several of as many items in all give."""
+
     @abc.abstractmethod
     def draw(self, items: EpisodeIndex, n: int, rng: np.random.Generator) -> Draw:
         """Draw n items of an index that has some; an epoch that ends sooner gives fewer."""
@@ -80,6 +83,7 @@ class Uniform(Sampler):
     def __init__(self, *, replace: bool = True, seed: int | None = None) -> None:
         if not isinstance(replace, bool):
             raise UsageError(f"replace: expected a bool, got {replace!r}")
+        self.has_order = not replace
         self._epoch = None if replace else _Epoch(check_sampler_seed(seed), Order)
 
     def draw(self, items: EpisodeIndex, n: int, rng: np.random.Generator) -> Draw:
@@ -115,6 +119,7 @@ class Uniform(Sampler):
 class _ByEpoch(Sampler):
     """Each item once a pass; `n` draws may be fewer at the end of one."""
 
+    has_order = True
     _epoch: "_Epoch"
 
     def draw(self, items: EpisodeIndex, n: int, rng: np.random.Generator) -> Draw:

@@ -77,7 +77,9 @@ def test_arrays_with_gaps_are_refused():
 
 def test_buckets_of_other_integers_are_refused():
     with pytest.raises(ValueError, match="expected arrays of integers"):
-        finding.locate(np.array([0]), ROWS, len(ROWS), np.zeros(1, np.int64), 0, 2, np.empty((7, 1), np.int64))
+        finding.locate(
+            np.array([0]), ROWS, len(ROWS), np.zeros(1, np.int64), 0, 2, np.empty((7, 1), np.int64)
+        )
 
 
 def copied(numbers, row_nbytes=3, length=2, apart=1, source=None, items=None):
