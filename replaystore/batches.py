@@ -170,7 +170,7 @@ class Batches(TorchSampler[Any]):
         return max(1, min(self._draws, 1 + done // self._step, left))
 
     def _sizes_now(self) -> list[int]:
-        """How many items to draw: of each draw, or of what has an order once for all of them."""
+        """The items of each draw to make now: of one for all of them, where the sampler has an order."""
         if self._pool:
             return [self._pool_now()]
         draws = self._draws_now()

@@ -381,7 +381,8 @@ class EpisodeIndex:
         """The episodes that items belong to.
 
         For many numbers a binary search is slow, as the processor cannot foresee its branches.
-        The bucket of a number gives an episode at or before its own, mostly at most two before.
+        The bucket of a number, no longer than episodes are on the average, gives an episode at or before
+        its own, mostly at most two before.
         """
         ends = self._table[7, : self._count]
         if len(numbers) < FEW or not self._closed:

@@ -192,7 +192,7 @@ def _split(group: Tensors, size: int) -> Iterator[Tensors]:
         yield group
         return
     count = -(-len(group["ids"]) // size)
-    parts = map_leaves(group, lambda tensor: iter(tensor.unsafe_split(size)))  # which nobody differentiates
+    parts = map_leaves(group, lambda tensor: iter(tensor.unsafe_split(size)))  # without a record for autograd
     del group
     for _ in range(count):
         yield map_leaves(parts, next)

@@ -40,12 +40,14 @@ class Sampler(abc.ABC):
     """How many items of a pass are best read at once, from one multiple of this to the next: those that
     share chunks."""
 
-    has_order: bool = False
-    """Whether a pass has an order of its own: one draw gives what several of as many items in all give."""
-
     @abc.abstractmethod
     def draw(self, items: EpisodeIndex, n: int, rng: np.random.Generator) -> Draw:
         """Draw n items of an index that has some; an epoch that ends sooner gives fewer."""
+
+    @property
+    def has_order(self) -> bool:
+        """Whether a pass has an order of its own: one draw gives what several of as many items in all give."""
+        return False
 
     def probability(self, items: EpisodeIndex, numbers: np.ndarray) -> np.ndarray:
         """The probability of each of these numbers in a draw of one item, float64.
@@ -83,8 +85,11 @@ class Uniform(Sampler):
     def __init__(self, *, replace: bool = True, seed: int | None = None) -> None:
         if not isinstance(replace, bool):
             raise UsageError(f"replace: expected a bool, got {replace!r}")
-        self.has_order = not replace
         self._epoch = None if replace else _Epoch(check_sampler_seed(seed), Order)
+
+    @property
+    def has_order(self) -> bool:
+        return self._epoch is not None and type(self).draw is Uniform.draw  # and not that of a user's own
 
     def draw(self, items: EpisodeIndex, n: int, rng: np.random.Generator) -> Draw:
         if self._epoch is None:
@@ -119,8 +124,11 @@ class Uniform(Sampler):
 class _ByEpoch(Sampler):
     """Each item once a pass; `n` draws may be fewer at the end of one."""
 
-    has_order = True
     _epoch: "_Epoch"
+
+    @property
+    def has_order(self) -> bool:
+        return type(self).draw is _ByEpoch.draw  # and not that of a user's own
 
     def draw(self, items: EpisodeIndex, n: int, rng: np.random.Generator) -> Draw:
         return self._epoch.draw(items, n)

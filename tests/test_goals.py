@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+import replaystore.dataset
+import replaystore.loader
 from replaystore import Field, ReplayStore, Schema, Transition, UsageError
 from replaystore.dataset import ReplayDataset
 from replaystore.goals import Relabelled
@@ -139,17 +141,21 @@ def goals_of(batches):
     return [batch["observation"]["desired_goal"][:, 0].tolist() for batch in batches]
 
 
-def test_goals_of_a_loader_are_those_of_its_seed_whoever_reads(tmp_path):
+def test_goals_of_a_loader_are_those_of_its_seed_whoever_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
     goal_store(tmp_path / "store", lengths=(300, 300)).close()
 
     def epochs(window, **options):
         loader = ReplayDataset(tmp_path / "store", window).loader(16, **options)
         return [goals_of(loader), goals_of(loader)]
 
-    first = epochs(Relabelled(reached, seed=1), seed=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(replaystore.loader, "SMALL_BYTES", 1)  # one draw at a time
+        first = epochs(Relabelled(reached, seed=1), seed=5)
     assert first[0] != first[1]
     assert all(any(goal != GOAL for goal in batch) for batch in first[0])
     window = Relabelled(reached, seed=2)
+    assert epochs(window, seed=5) == first
     assert epochs(window, seed=5, num_workers=2) == first
     assert epochs(window, seed=5, num_workers=1, persistent_workers=True) == first
     assert epochs(window, seed=5, read_ahead=True) == first
@@ -158,8 +164,9 @@ def test_goals_of_a_loader_are_those_of_its_seed_whoever_reads(tmp_path):
 
 @pytest.mark.parametrize("stop", [0, 1, 17, 25])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_a_loader_that_is_stopped_goes_on_with_the_same_goals(tmp_path, stop, adaptive):
+def test_a_loader_that_is_stopped_goes_on_with_the_same_goals(tmp_path, monkeypatch, stop, adaptive):
     """Also in the midst of what is read at once, with another number of workers."""
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
     goal_store(tmp_path / "store", lengths=(300, 300)).close()
 
     def make(seed, workers):

@@ -220,7 +220,7 @@ def test_an_interrupt_while_buckets_are_filled_leaves_those_there_were(monkeypat
             patch.setattr("numpy.arange", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 index.locate(np.zeros(200, np.int64))
-    check(index, model)
+        check(index, model)
 
 
 def interrupted(*_):

@@ -32,6 +32,9 @@ SAMPLERS = {
 }
 
 
+NOT_ADAPTIVE = [kind for kind in SAMPLERS if kind not in ("prioritized", "once")]
+
+
 @pytest.fixture
 def path(tmp_path):
     """Two streams, 910 transitions."""
@@ -71,7 +74,10 @@ def stop_and_go(make, stop, *, then=lambda: None, passes=1):
 
 @pytest.mark.parametrize("kind", SAMPLERS)
 @pytest.mark.parametrize("batch_size", [7, 32, 256, 300])
-def test_loader_goes_on_with_the_same_batches(kind, batch_size, path):
+@pytest.mark.parametrize("together", [8, 256])
+def test_loader_goes_on_with_the_same_batches(kind, batch_size, together, path, monkeypatch):
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", together)
+
     def make():
         dataset = ReplayDataset(path)
         return dataset.loader(batch_size, sampler=SAMPLERS[kind](dataset), seed=1)
@@ -104,15 +110,25 @@ def test_loader_goes_on_whoever_reads(kind, options, path):
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("kind", ["uniform", "recent", "mixed", "stratified"])
-def test_batches_are_the_same_with_and_without_workers(kind, drop_last, path):
+@pytest.mark.parametrize("kind", [*NOT_ADAPTIVE, "jittered"])
+def test_batches_are_the_same_however_many_are_read_at_once(kind, drop_last, path, monkeypatch):
+    monkeypatch.setattr(replaystore.dataset, "READ_AT_ONCE", 8)
     found = []
-    for workers in (0, 2):
+    for workers, small_bytes in ((0, 1), (0, 1 << 20), (2, 1 << 20)):
+        monkeypatch.setattr(replaystore.loader, "SMALL_BYTES", small_bytes)
         dataset = ReplayDataset(path)
-        sampler = SAMPLERS[kind](dataset)
-        loader = dataset.loader(30, sampler=sampler, seed=1, num_workers=workers, drop_last=drop_last)
+        sampler = Jittered(replace=False, seed=3) if kind == "jittered" else SAMPLERS[kind](dataset)
+        loader = dataset.loader(10, sampler=sampler, seed=1, num_workers=workers, drop_last=drop_last)
         found.append(ids(loader) + ids(loader))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
+
+
+class Jittered(Uniform):
+    """A user's own, whose draws depend on how many items they are."""
+
+    def draw(self, items, n, rng):
+        draw = super().draw(items, n, rng)
+        return draw._replace(numbers=draw.numbers[rng.permutation(len(draw.numbers))])
 
 
 def sizes_read(dataset, workers):
@@ -358,6 +374,7 @@ def rank_of_two(rank, path, folder, kind):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous-{kind}", rank=rank, world_size=2
     )
+    replaystore.dataset.READ_AT_ONCE = 8  # of this process, so that several draws are read at once
     dataset = ReplayDataset(path)
     make = SAMPLERS_OF_RANKS[kind]
     loader = dataset.loader(32, sampler=make())
