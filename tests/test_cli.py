@@ -174,7 +174,10 @@ def test_bench_measures_a_store_leaves_it_as_it_was_and_draws(path, tmp_path, ca
     told = capsys.readouterr().out
     figures = dict(re.findall(r"^  (.+?)  +([\d,.]+)$", told, re.MULTILINE))
     assert {"observation", "action", "warm, batch of 32", "step, commits on", "arena.py"} <= figures.keys()
-    assert all(float(value.replace(",", "")) > 0 for value in figures.values())
+    values = {name: float(value.replace(",", "")) for name, value in figures.items()}
+    shares = {name: values.pop(name) for name in figures if name.endswith((".py", "numpy and others"))}
+    assert min(values.values()) > 0
+    assert sum(shares.values()) == pytest.approx(256e6 / values["warm, batch of 256"], rel=0.01)
     assert "stacks of 4" in told
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
