@@ -106,7 +106,7 @@ class Batches(TorchSampler[Any]):
         self._most = max(1, at_once // batch_size)  # batches of a pool that are drawn at once
         pool = self._sampler.pool // self._ranks
         self._pool = pool if self._step < min(pool, at_once) else 0  # this rank's items of one, if it matters
-        self._draws = 1 if self._pool else max(1, at_once // self._step)
+        self._draws = max(1, at_once // self._step)
         self._lock = threading.Lock()
         self._pass = _Pass(0, 0, is_over=True)
         self._is_restored = False

@@ -296,8 +296,8 @@ static uint64_t scrambled(const Network *network, uint64_t number)
     return high << network->low_bits | low;
 }
 
-/* Walk each number until it is below `length`: all of some by a step, then what is left of them, as nobody can foresee
- * which are.
+/* Walk each of up to AT_ONCE numbers until it is below `length`: all by a step, then those that are not below it, as
+ * nobody can foresee which are.
  */
 static void walk_each(const Network *network, int64_t length, int64_t *numbers, Py_ssize_t count)
 {

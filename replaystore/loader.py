@@ -188,13 +188,13 @@ class Loader(DataLoader[Tensors]):
 
 def _split(group: Tensors, size: int) -> Iterator[Tensors]:
     """The batches of so many items, or the last of fewer, that were read together."""
-    if len(group["ids"]) <= size:
+    length = len(group["ids"])
+    if length <= size:
         yield group
         return
-    count = -(-len(group["ids"]) // size)
     parts = map_leaves(group, lambda tensor: iter(tensor.unsafe_split(size)))  # without a record for autograd
     del group
-    for _ in range(count):
+    for _ in range(0, length, size):
         yield map_leaves(parts, next)
 
 
